@@ -3,9 +3,11 @@
 The group "single" has one task and its teacher, the group "multi" two alternating tasks, each with
 its own teacher; both use the mismatched models of `opd.lab.build`. The groups "games" and "agents"
 train the student of `opd lab --household`: on the household game alone, and alternating with
-sorting. A cell is a method with a seed; run folders are ROOT/GROUP/METHOD-SEED. Finished runs are
-kept, interrupted ones resumed. The seed is that of prompts and sampling; the models are the same in
-every cell. `opd figures` draws the comparisons from a table of these folders.
+sorting. The groups "views" and "controls" (`opd.experiments.matched`) train five students of
+`opd lab --view`, a seed each. A cell is a method with a seed; run folders are
+ROOT/GROUP/METHOD-SEED. Finished runs are kept, interrupted ones resumed. The seed is that of
+prompts and sampling; but for views and controls, the models are the same in every cell.
+`opd figures` draws the comparisons from a table of these folders.
 """
 
 import concurrent.futures
@@ -20,7 +22,9 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
 from diagnostics.io.command import parse_options
 from diagnostics.records.renamed import LAB_KINDS, refuse_renamed_options
+from opd.experiments.matched import MATCHED_METHODS, matched_arguments
 from opd.experiments.subcommand import run_opd
+from opd.lab.configs import NUM_VIEW_STUDENTS
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
 SAMPLED = ("--objective", "sampled_token_clipped")
@@ -68,6 +72,7 @@ SHARED_SETTINGS = (
 MULTI = ("sampled", "sampled_mask", "lsm", "lsm_mask", *VARIANTS)
 GAMES = ("sampled", "lsm", "lsm_whole")
 GROUPS = {"single": tuple(METHODS), "multi": MULTI, "games": GAMES, "agents": GAMES[:2]}
+GROUPS |= {group: tuple(methods) for group, methods in MATCHED_METHODS.items()}
 TEACHER = "teacher"
 """An additional cell of the group games: the teacher itself, evaluated and not trained."""
 
@@ -95,6 +100,8 @@ task = "{lab}/sort.jsonl"
 teacher = "{lab}/sort-teacher"
 """
 LABS = {"single": "mismatched", "multi": "mismatched", "games": "household", "agents": "household"}
+LABS |= dict.fromkeys(MATCHED_METHODS, "view")
+ALL_METHODS = dict.fromkeys(method for methods in GROUPS.values() for method in methods)
 TASK_FILES = {"multi": MISMATCHED_TASKS, "agents": AGENT_TASKS}
 MULTI_TASK_STEPS = {"multi": 60, "agents": 80}
 """Steps of groups with two tasks, so that each task has as many as alone."""
@@ -102,6 +109,8 @@ MULTI_TASK_STEPS = {"multi": 60, "agents": 80}
 
 def cell_arguments(group: str, seed: int, method: str, root: Path, lab: Path) -> list[Any]:
     """Return the arguments of `opd train` for a cell."""
+    if group in MATCHED_METHODS:
+        return matched_arguments(group, seed, method, root, lab)
     student = lab / ("teacher" if method == TEACHER else "student")
     arguments: list[Any] = (
         ["lab", *SHARED_SETTINGS] if LABS[group] == "mismatched" else ["household"]
@@ -140,8 +149,8 @@ class PaperOptions:
     """Train every method of the paper's comparisons."""
 
     groups: tuple[str, ...] = tuple(GROUPS)
-    """groups of cells: single, multi, games, agents"""
-    methods: tuple[str, ...] = tuple(METHODS)
+    """groups of cells: single, multi, games, agents, views, controls"""
+    methods: tuple[str, ...] = tuple(ALL_METHODS)
     """methods; those that a group does not have are left out"""
     seeds: int = 5
     """number of seeds of each method"""
@@ -153,20 +162,30 @@ class PaperOptions:
     """folder of the toy models of single and multi, built if missing"""
     household: Path = Path("lab-household")
     """folder of the toy models of games and agents, built if missing"""
+    view: Path = Path("lab-view")
+    """folder of the toy models of views and controls, built if missing"""
 
     def __post_init__(self) -> None:
         for option, names, known in (
             ("--groups", self.groups, GROUPS),
-            ("--methods", self.methods, METHODS),
+            ("--methods", self.methods, ALL_METHODS),
         ):
             for name in names:
                 if name not in known:
                     raise InvalidInput(f"{option}: unknown {name!r}; known: {', '.join(known)}")
 
+        matched_groups = [group for group in self.groups if group in MATCHED_METHODS]
+        if matched_groups and self.seeds > NUM_VIEW_STUDENTS:
+            raise InvalidInput(
+                f"--seeds is {self.seeds}; {' and '.join(matched_groups)} have a student for each "
+                f"seed, of which `opd lab --view` makes {NUM_VIEW_STUDENTS}; run the other groups "
+                "alone (--groups)"
+            )
+
     @property
     def labs(self) -> dict[str, Path]:
         """Kind of toy models to their folder."""
-        return {"mismatched": self.mismatched, "household": self.household}
+        return {"mismatched": self.mismatched, "household": self.household, "view": self.view}
 
 
 def main(argv: list[str]) -> None:

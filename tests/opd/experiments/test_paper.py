@@ -6,14 +6,17 @@ import pytest
 
 from opd.cli.train import parse_arguments
 from opd.config.settings import Config, with_settings
+from opd.experiments.matched import CONTROL_METHODS, MATCHED_METHODS, VIEW_METHODS
 from opd.experiments.paper import (
     GROUPS,
     METHODS,
     SHARED_SETTINGS,
     TASK_FILES,
     TEACHER,
+    PaperOptions,
     cell_arguments,
 )
+from opd.lab.problem_files import write_held_out_problems
 from opd.training.multitask import task_configs
 from opd.training.validation import validate
 
@@ -92,3 +95,60 @@ def test_agents_have_a_teacher_per_task(tmp_path: Path) -> None:
     assert games == with_settings(games_only, out=config.out, **doubled_steps)
     assert (problems.data.task, problems.teacher) == ("place/sort.jsonl", "place/sort-teacher")
     assert config.data.task_order == "alternate"
+
+
+def matched_config(group: str, method: str, seed: int, root: Path) -> Config:
+    lab = root / "lab"
+    lab.mkdir(exist_ok=True)
+    write_held_out_problems(lab)
+    words = [str(x) for x in cell_arguments(group, seed, method, root, lab)]
+    config = parse_arguments(words).settings
+    assert validate(config) == []
+    assert config.out == str(root / group / f"{method}-{seed}")
+    assert config.student == str(lab / ("student" if seed == 0 else f"student-{seed}"))
+    assert config.data.task == str(lab / "train.jsonl")
+    assert config.evaluation.eval_task == str(lab / "test.jsonl")
+    num_responses = config.data.prompts_per_step * config.data.group_size
+    assert num_responses == {"views": 48, "controls": 32}[group]
+    return config
+
+
+@pytest.mark.parametrize("method", VIEW_METHODS)
+def test_views_differ_in_the_teacher_and_in_what_it_is_shown(method: str, tmp_path: Path) -> None:
+    config = matched_config("views", method, 2, tmp_path)
+    teacher, shown = method.split("_")
+    teachers = {"frozen": config.student, "moving": "ema", "strong": str(tmp_path / "lab/teacher")}
+    assert config.teacher == teachers[teacher]
+    controls = {"solution": "none", "another": "other_problem", "empty": "empty"}
+    assert config.view.view_control == controls[shown]
+    assert Path(config.view.teacher_view).read_text() == "{{ prompt }} | {{ solution }}"
+    assert config.objective.objective == "full_reverse_kl"
+
+
+@pytest.mark.parametrize("method", CONTROL_METHODS)
+def test_controls_differ_in_responses_loss_and_teacher(method: str, tmp_path: Path) -> None:
+    config = matched_config("controls", method, 0, tmp_path)
+    has_teacher = method not in ("sft", "reward_only")
+    assert config.teacher == (str(tmp_path / "lab/teacher") if has_teacher else "none")
+    prefixes = {"sft": "dataset", "offline_kl": "dataset", "mixed": "mixed:0.5"}
+    assert config.rollout.prefixes == prefixes.get(method, "student")
+    assert config.view.teacher_view == ""
+    assert (config.objective.reward_weight > 0) == (method == "reward_only")
+    assert (
+        config.objective.objective
+        == {
+            "sft": "negative_log_likelihood",
+            "offline_kl": "full_forward_kl",
+            "mixed": "full_jsd",
+            "reward_only": "reward_only",
+            "on_policy_sampled": "sampled_token",
+            "on_policy_topk": "teacher_topk",
+        }[method]
+    )
+
+
+def test_there_is_a_student_for_every_seed() -> None:
+    PaperOptions(groups=tuple(MATCHED_METHODS), seeds=5)
+    PaperOptions(groups=("single",), seeds=9)
+    with pytest.raises(ValueError, match="--seeds is 6; views and controls have a student"):
+        PaperOptions(groups=("views", "controls"), seeds=6)
