@@ -116,7 +116,7 @@ def differentiate(loss: UserLoss, value: Tensor, leaves: list[Tensor]) -> tuple[
 def argument_values(
     loss: UserLoss, batch: Batch, student: Tensor, teacher: Tensor
 ) -> dict[str, Any]:
-    """Return the value of every parameter that a loss may ask for.
+    """Return the value of every parameter that a loss asks for, and those that come with them.
 
     Args:
         loss: The loss.
@@ -128,19 +128,20 @@ def argument_values(
         Value of each parameter, tensors of their own so that a loss cannot change the batch. Only
         the student's values and `teacher_logits` can carry a gradient.
     """
-    constants = {
+    asks = {*loss.asks}
+    constants: dict[str, Any] = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in batch.arguments.items()
-        if name not in ("teacher_logits", "k")
+        if name in asks | {"tokens"} and name not in ("teacher_logits", "k")
     }
-    teacher_logp = teacher.detach().log_softmax(-1)
-    tokens, k = constants["tokens"], min(batch.arguments["k"], teacher.shape[-1])
-    ids = teacher_logp.topk(k, -1).indices
-    constants |= {
-        "teacher_logits": teacher,
-        "teacher_logp": teacher_logp.gather(-1, tokens[..., None])[..., 0],
-        "teacher_topk": (ids, teacher_logp.gather(-1, ids)),
-    }
+    constants["teacher_logits"] = teacher
+    k = min(batch.arguments["k"], teacher.shape[-1])
+    if {"teacher_logp", "teacher_topk"} & asks:
+        teacher_logp = teacher.detach().log_softmax(-1)
+        ids = teacher_logp.topk(k, -1).indices
+        tokens = constants["tokens"][..., None]
+        constants["teacher_logp"] = teacher_logp.gather(-1, tokens)[..., 0]
+        constants["teacher_topk"] = ids, teacher_logp.gather(-1, ids)
     values = loss_values(loss, student, constants, k)
     return {name: _rolled(value, batch.rolls.get(name, 0)) for name, value in values.items()}
 

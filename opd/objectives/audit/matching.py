@@ -195,7 +195,7 @@ def mixture_fits(means: Sequence[Mean], targets: Sequence[Target]) -> Iterator[F
         for i, target in enumerate(targets)
     }
     names = list(exact)
-    near = _pairs_that_span([parts[0] for parts in exact.values()], means[0])
+    near = pairs_that_span([parts[0] for parts in exact.values()], means[0])
     for (i, first), (j, second) in combinations(enumerate(targets), 2):
         if not near[i, j]:
             continue
@@ -206,7 +206,7 @@ def mixture_fits(means: Sequence[Mean], targets: Sequence[Target]) -> Iterator[F
         yield compare(mixture(first, second, *weights), means)
 
 
-def _pairs_that_span(gradients: Sequence[Tensor], mean: Mean) -> Tensor:
+def pairs_that_span(gradients: Sequence[Tensor], mean: Mean) -> Tensor:
     """Return (M, M) bool: may any weighted sum of two of M gradients be as near as a mixture is?
 
     The least squares distance of each pair, from inner products, is a lower bound of that with

@@ -194,7 +194,6 @@ def make_batch(
     rows: Tensor,
     *,
     prompt: Tensor | None = None,
-    student: Tensor | None = None,
     teacher: Tensor | None = None,
     sampler: Tensor | None = None,
     reward: Tensor | None = None,
@@ -209,9 +208,8 @@ def make_batch(
         world: The world.
         rows: (B,) responses, as indices into the world.
         prompt: (B,) ids of the prompts; those of the world if None.
-        student: (N, V) logits, or (D, N, V) for D blocks of rows; the world's if None.
         teacher: (N, V) logits; the world's if None.
-        sampler: (N, V) logits of the sampler, which may be -inf; the student's if None.
+        sampler: (N, V) logits of the sampler, which may be -inf; the world's student's if None.
         reward: (B,) rewards; the world's if None.
         right: Masked columns behind the longest response.
         left: Masked columns before the first token.
@@ -221,9 +219,8 @@ def make_batch(
     Returns:
         The batch.
     """
-    student = world.student if student is None else student
     teacher = world.teacher if teacher is None else teacher
-    own_sampler = student if sampler is None else sampler
+    own_sampler = world.student if sampler is None else sampler
     num_rows, length, vocabulary = len(rows), world.tokens.shape[1], world.student.shape[1]
     shape = (num_rows + empty_rows, left + length + right)
     random_ids, student_noise, teacher_noise, sampler_noise = _garbage(shape, vocabulary, seed)
@@ -240,9 +237,9 @@ def make_batch(
     nodes = world.nodes[rows]
     mask = place(supervised, torch.zeros(shape, dtype=torch.bool))
     tokens = place(world.tokens[rows], random_ids)
-    student_logits = place(_rows_of(student, nodes), student_noise)
-    teacher_logits = place(_rows_of(teacher, nodes), teacher_noise)
-    sampler_logp = _rows_of(own_sampler, nodes).log_softmax(-1)
+    student_logits = place(world.student[nodes], student_noise)
+    teacher_logits = place(teacher[nodes], teacher_noise)
+    sampler_logp = own_sampler[nodes].log_softmax(-1)
     sampler_logp = sampler_logp.gather(-1, world.tokens[rows][..., None])[..., 0]
     prompt = world.prompt[rows] if prompt is None else prompt
     reward = world.reward[rows] if reward is None else reward
@@ -281,19 +278,3 @@ def _garbage(shape: tuple[int, int], vocabulary: int, seed: int) -> tuple[Tensor
         for last in ((vocabulary,), (vocabulary,), ())
     )
     return ids, *noise
-
-
-def _rows_of(table: Tensor, nodes: Tensor) -> Tensor:
-    """Return (B, T, V) the logits at (B, T) nodes of one table, or of D tables for B / D rows each.
-
-    Args:
-        table: (N, V), or (D, N, V) for as many blocks of rows.
-        nodes: (B, T).
-
-    Returns:
-        (B, T, V) logits.
-    """
-    if table.dim() == 2:
-        return table[nodes]
-    blocks = nodes.unflatten(0, (len(table), -1))
-    return table[torch.arange(len(table))[:, None, None], blocks].flatten(0, 1)

@@ -5,15 +5,19 @@ Shapes: N prefixes, R responses, V vocabulary; the MDP has a state more, its end
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
 from opd.objectives.audit.audit import audit
+from opd.objectives.audit.matching import Mean, mixture_weights, pairs_that_span
 from opd.objectives.audit.noise import relative_variance, variance_of_two_rows
 from opd.objectives.audit.ours import objective_loss
+from opd.objectives.audit.rest import mean_gradients
 from opd.objectives.audit.structure import Structure
 from opd.objectives.audit.targets import (
     BASIC,
@@ -258,3 +262,40 @@ def test_variance_of_two_rows_of_a_prompt_is_that_of_all_pairs(name: str) -> Non
     row = relative_variance(loss, w, Structure("row", "tokens"), "one")
     pairs = relative_variance(loss, w, Structure("group", "tokens"), "one")
     assert variance_of_two_rows(row, 3) == pytest.approx(pairs, rel=1e-9)
+
+
+@pytest.mark.parametrize("unit", ["row", "group"])
+def test_each_student_of_a_descent_is_that_of_a_world_of_its_own(unit: str) -> None:
+    w = make_world("s", vocabulary=4, length=2, random_lengths=True, seed=7)
+
+    def importance_sampled(student_logp, sampler_logp, teacher_logp, mask):
+        ratio = (student_logp - sampler_logp).exp()
+        return (ratio * (sampler_logp - teacher_logp) * mask).sum() / mask.sum()
+
+    loss = as_user_loss(importance_sampled, "loss")
+    structure = Structure(unit, "tokens")
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randn(3, *w.student.shape, generator=generator, dtype=torch.float64)
+    means, _ = mean_gradients(loss, w, structure, "one", tables)
+    for table, mean in zip(tables, means, strict=True):
+        own = replace(w, student=table)
+        expected = mean_gradient(enumerate_units(loss, own, structure), len(table))
+        torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_only_pairs_that_no_mixture_fits_are_left_out() -> None:
+    w = world()
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(5, *w.student.shape, generator=generator, dtype=torch.float64)
+    parts[3] = 2 * parts[0] + 1e-5 * parts[3]  # nearly parallel to the first
+    noise = torch.randn(w.student.shape, generator=generator, dtype=torch.float64)
+    for i, j in combinations(range(5), 2):
+        goal = 0.3 * parts[i] + 0.7 * parts[j]
+        mean = Mean(w, goal + 5e-4 * goal.norm() * noise / noise.norm(), 1.0)
+        near = pairs_that_span([*parts], mean)
+        for a, b in combinations(range(5), 2):
+            fits = mixture_weights([mean], ([parts[a]], [parts[b]])) is not None
+            assert near[a, b] or not fits
+        if (i, j) != (0, 3):  # of which each alone is enough
+            assert mixture_weights([mean], ([parts[i]], [parts[j]])) is not None
+            assert near.triu(1).sum() <= 3
