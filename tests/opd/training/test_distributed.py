@@ -120,7 +120,19 @@ def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
         TaskSettings(name="a", task="lab"),
         TaskSettings(name="b", task="lab", teacher=str(tiny_pair[0]), mask=("token:<",)),
     )
+    folder = tmp_path_factory.mktemp("view")
+    sums = ({"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(20))
+    (folder / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums))
+    (folder / "view.jinja").write_text(
+        "{{ prompt }} {{ feedback }}{% for peer in peers %} {{ peer.response }}{% endfor %}"
+    )
     return {
+        "view": {
+            "task": str(folder / "sums.jsonl"),
+            "teacher_view": str(folder / "view.jinja"),
+            "teacher": "ema",
+            "ema_decay": 0.5,
+        },
         "plain": {"updates_per_batch": 2, "probe_every": 2, "eval_samples": 3, "eval_problems": 5},
         "credit": {
             "objective": "sampled_token",
@@ -189,7 +201,7 @@ def resumed_configs(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize(
-    "name", ["plain", "credit", "chosen", "whole", "adapters", "games", "mixed"]
+    "name", ["view", "plain", "credit", "chosen", "whole", "adapters", "games", "mixed"]
 )
 def test_two_processes_write_the_rows_of_one(
     run_folders: Path, tiny_pair, name: str, sharding: str

@@ -1,6 +1,7 @@
 """Runs whose teacher reads prompts of its own: against plain runs, and against plain loops."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,35 @@ def test_a_template_that_changes_during_a_run_is_refused(view_run) -> None:
     with pytest.raises(InvalidInput, match=r"run\.jinja changed since the run was started"):
         view_run("run", "{{ prompt }}{{ answer }}", steps=2, save_every=1)
     assert len(rows(view_run("run", "{{ answer }}", steps=2, save_every=1))) == 2
+
+
+def test_a_teacher_reads_its_own_chat_template_with_its_own_tokens(
+    view_run, tiny_pair, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_pair[1], teacher)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}>>"
+    (teacher / "chat_template.jinja").write_text(template)
+    tokens = json.loads((teacher / "tokenizer_config.json").read_text())
+    tokens["eos_token"] = "<|endoftext|>"
+    (teacher / "tokenizer_config.json").write_text(json.dumps(tokens))
+    options: dict[str, Any] = {"teacher": str(teacher), "steps": 1, "start_checks": False}
+    folder = view_run("run", **options, teacher_template="own", teacher_system="Know all.")
+    file = folder / "batches" / "step_000000.safetensors"
+    texts, shown_texts = (
+        json.loads(file.with_suffix(suffix).read_text())
+        for suffix in (".prompts.json", ".teacher_prompts.json")
+    )
+    for text, shown_text in zip(texts, shown_texts, strict=True):
+        question = text.removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0]
+        assert text == chat(question)
+        end = "<|endoftext|>"
+        assert shown_text == f"<system>Know all.{end}<user>{question}{end}>>"
+    batch = load_batch(file)
+    response = batch.tokens[0][batch.mask[0]]
+    expected = logp_by_hand(teacher, shown_texts[0], response).gather(1, response[:, None])[:, 0]
+    actual = batch.teacher_logp[0][batch.mask[0]]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 LONG = "{{ prompt }}{{ ' long' * 60 }}"
