@@ -101,6 +101,8 @@ def ways(client: TeacherClient) -> dict[str, tuple[ScoreRoute, bool, bool]]:
     """Return name -> route, whether its own K most probable ids are asked for, and chosen ones."""
     named = {f"{client.kind.top_k.name}: own top-K": (client.kind.top_k, True, False)}
     for route in client.kind.chosen_routes:
+        if route.max_vocabulary is not None and client.vocabulary > route.max_vocabulary:
+            continue
         named[f"{route.name}: chosen ids"] = (route, False, True)
         named[f"{route.name}: chosen ids and own top-K"] = (route, True, True)
     return named

@@ -16,8 +16,8 @@ import torch
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
 from opd.serving import json_endpoint
-from opd.serving.position_logprobs import ScoreQuery, check_chosen
-from opd.serving.vllm_generate import generate_payload
+from opd.serving.position_logprobs import PositionLogprobs, ScoreQuery, check_chosen
+from opd.serving.vllm_generate import check_top_k, generate_payload
 from opd.teachers.client import TeacherClient
 from opd.teachers.pair import ModelPair
 from opd.teachers.remote_scores import TeacherScores, score_remote
@@ -332,3 +332,16 @@ def test_a_request_has_a_row_for_every_prediction_from_the_first_position_on() -
     assert parameters["prompt_logprob_start"] == 1
     assert parameters["prompt_logprob_token_ids"] == [[1, -1, 7], [-1], [2, 3, 9]]
     assert "prompt_logprobs" not in parameters
+
+
+def test_ids_in_both_lists_of_one_answer_need_one_value() -> None:
+    query = ScoreQuery([1, 2, 0], [1, 2], 2, np.array([[3, 4], [5, -1]]))
+    ids = np.array([[4, 3], [5, 7]])
+    logp = np.array([[-1.0, -2.0], [-0.5, -3.0]], np.float32)
+    top, sampled = PositionLogprobs(ids, logp, logp[:, 0]), np.array([[-2.0, -1.0], [-0.5, 0.0]])
+    rounded = sampled.astype(np.float32) + np.float32(0.05)  # half precision in another batch
+    check_top_k(query, top, rounded)
+    for scores, position in ((sampled[:, ::-1], 1), (sampled * [[1], [9]], 2)):
+        with pytest.raises(ValueError, match=f"position {position}: ids that are both among"):
+            check_top_k(query, top, scores.astype(np.float32))
+    check_top_k(query, PositionLogprobs(ids + 100, logp, logp[:, 0]), sampled.astype(np.float32))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diagnostics.batch import Rollouts, ScoredRollouts
+from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts
 from opd.scoring.score import score_batch
 from opd.serving import json_endpoint, vllm_completions
@@ -19,6 +20,7 @@ from opd.teachers.pair import ModelPair
 from opd.teachers.remote_scores import score_remote
 from opd.teachers.teacher import Capability, ServerTeacher
 from opd.tokens.eos import EosMap
+from opd.training.checks.rescoring import rescoring_columns
 from tests.helpers.requests import full_request, lean_request
 from tests.helpers.servers.chosen_ids import GenerateTeacher, SglangTeacher
 from tests.helpers.servers.teacher_server import FakeTeacher, serve
@@ -137,6 +139,27 @@ def test_the_teacher_is_read_at_its_own_eos(
     changed = (local.teacher_logp - unmapped.teacher_logp).abs() > 0.1
     assert torch.equal(changed & batch.mask, (batch.tokens == student_eos) & batch.mask & changed)
     assert changed.sum() > 1
+
+
+def test_scores_at_the_teachers_eos_are_found_again(
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], tiny_pair: tuple[Path, Path]
+) -> None:
+    """The check that asks a server again reads it at the mapped ids too."""
+    pair, prompts, batch = rollouts_of_pair
+    ends = tuple(batch.tokens[batch.mask].unique().tolist()[::2])
+    teacher_eos = next(v for v in range(pair.student.vocabulary) if v not in ends)
+    config = with_settings(
+        Config(student="s", teacher="t", out="o"), map_eos=True, support_k=K, device="cpu"
+    )
+    with connected(GenerateTeacher(tiny_pair[1]), pair) as (teacher, _):
+        served = replace(pair, teacher=replace(teacher, eos=(teacher_eos,)), eos=list(ends))
+        assert served.eos_map is not None
+        request = full_request(K, eos_map=served.eos_map, map_eos=True)
+        scored = score_batch(pair.student, served.teacher, prompts, batch, request).scored
+        row = rescoring_columns(config, served, prompts, scored)
+        unmapped = rescoring_columns(with_settings(config, map_eos=False), served, prompts, scored)
+    assert row["consistency/teacher_rescored"] == 0
+    assert unmapped["consistency/teacher_rescored"] > 16
 
 
 def test_one_request_a_row_and_only_for_rows_with_chosen_ids(
