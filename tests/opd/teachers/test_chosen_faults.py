@@ -301,6 +301,11 @@ def halve_all(entries: dict[str, Any]) -> None:
         entry["logprob"] /= 2
 
 
+def lower_all(entries: dict[str, Any]) -> None:
+    for entry in entries.values():
+        entry["logprob"] -= 0.01
+
+
 def exclude_unlikely_id(entries: dict[str, Any]) -> None:
     for entry in entries.values():
         if entry["rank"] > 5:
@@ -313,6 +318,10 @@ def exclude_unlikely_id(entries: dict[str, Any]) -> None:
 WHOLE_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an id less": (at_last_position(forget_unlikely_id), POSITION + r"the id \d+ has no log-prob"),
     "another softmax": (at_last_position(halve_all), POSITION + "the probabilities of all ids sum"),
+    "less than 1": (
+        at_last_position(lower_all),
+        POSITION + "the probabilities of all ids sum to 0",
+    ),
     "excluded ids": (at_last_position(exclude_unlikely_id), POSITION + "a probability of 0"),
 }
 

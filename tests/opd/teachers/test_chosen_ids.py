@@ -100,6 +100,22 @@ def score_top_k(pair: ModelPair, prompts: Prompts, batch: Rollouts) -> Any:
     return score_batch(pair.student, pair.teacher, prompts, batch, full_request(K)).scored.support
 
 
+def test_the_teacher_reads_its_own_view(
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], tiny_pair: tuple[Path, Path]
+) -> None:
+    pair, prompts, batch = rollouts_of_pair
+    rows = [prompts.tokens[i][prompts.mask[i]].tolist() for i in range(len(batch))]
+    view = Prompts.from_ids([[7 + i, *row] for i, row in enumerate(rows)], prompts.index)
+    seeing, request = replace(prompts, view=view), full_request(K, "union")
+    with connected(GenerateTeacher(tiny_pair[1]), pair) as (teacher, _):
+        remote = score_batch(pair.student, teacher, seeing, batch, request).scored
+    local, blind = (
+        score_batch(pair.student, pair.teacher, x, batch, request).scored for x in (seeing, prompts)
+    )
+    assert_same_scores(remote, local)
+    assert (local.teacher_logp - blind.teacher_logp).abs().max() > 1e-2
+
+
 def test_the_support_has_ids_that_the_teacher_does_not_rank(
     rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], server: tuple[FakeTeacher, str]
 ) -> None:

@@ -167,7 +167,7 @@ def test_intersection_is_that_of_whole_distributions(
     for request, message in (
         (full_request(K, "union"), "not for a 'union' support"),
         (full_request(K, "full"), "does not support full distributions"),
-        (lean_request(K, temperature=0.7), "a remote teacher scores at 1"),
+        (lean_request(K, temperature=0.7), "is a server, which scores at 1"),
     ):
         with pytest.raises(ValueError, match=message):
             score_batch(pair.student, server, prompts, batch, request)
