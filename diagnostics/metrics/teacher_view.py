@@ -83,7 +83,12 @@ def view_copying(
         view/copied_share: Share of the tokens that are copied.
         view/longest_copy: Mean over responses of the longest run of copied tokens.
     """
-    copied = [copied_tokens(*row) for row in zip(responses, prompts, teacher_prompts, strict=True)]
+    copied: list[list[bool]] = []
+    novel, compared = set[tuple[int, ...]](), None
+    for response, *pair in zip(responses, prompts, teacher_prompts, strict=True):
+        if pair != compared:  # rows of one prompt follow each other
+            novel, compared = novel_sequences(*pair), pair
+        copied.append(copied_tokens(response, novel))
     counts = torch.tensor([float(sum(row)) for row in copied])
     lengths = torch.tensor([float(len(row)) for row in copied])
     runs = torch.tensor([float(longest_run(row)) for row in copied])
@@ -94,12 +99,14 @@ def view_copying(
     }
 
 
-def copied_tokens(
-    response: Sequence[int], prompt: Sequence[int], teacher_prompt: Sequence[int]
-) -> list[bool]:
+def novel_sequences(prompt: Sequence[int], teacher_prompt: Sequence[int]) -> set[tuple[int, ...]]:
+    """Return all COPY_LENGTH consecutive ids of a teacher's prompt that the student's lacks."""
+    return sequences(teacher_prompt, COPY_LENGTH) - sequences(prompt, COPY_LENGTH)
+
+
+def copied_tokens(response: Sequence[int], novel: set[tuple[int, ...]]) -> list[bool]:
     """Return whether each id of a response is part of a copy; see `view_copying`."""
     n = COPY_LENGTH
-    novel = sequences(teacher_prompt, n) - sequences(prompt, n)
     is_copied = [False] * len(response)
     for start in range(len(response) - n + 1):
         if tuple(response[start : start + n]) in novel:

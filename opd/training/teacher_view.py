@@ -29,6 +29,7 @@ from opd.data.teacher_view.view import TeacherView, encode_teacher_prompt, teach
 from opd.envs.task import GameTask
 from opd.envs.teacher_view import opening_view
 from opd.teachers.pair import ModelPair
+from opd.training.checks.settings import STUDENT_DERIVED
 from opd.training.multitask import task_configs
 
 NUM_COMPARED = 64
@@ -261,7 +262,8 @@ def check_view(
         differs = ids != encode_prompt(pair.tokenizer, opening) or view.reads_attempts
     else:
         differs = check_problem_views(view, config, pair, problems.training())
-    if not differs and not pair.teacher.is_separate:
+    is_copy = config.teacher in STUDENT_DERIVED and not config.objective.reward_weight
+    if is_copy and not differs:
         raise InvalidInput(
             f"the teacher {pair.teacher.name} starts with the student's weights and reads the same "
             "prompts, so the divergence is zero; show it more in teacher_view"

@@ -11,6 +11,7 @@ from diagnostics.metrics.teacher_view import (
     COPY_LENGTH,
     copied_tokens,
     longest_run,
+    novel_sequences,
     view_copying,
     view_effect,
 )
@@ -59,18 +60,21 @@ def test_copies_are_long_sequences_that_only_the_teacher_reads() -> None:
     shown = list(range(100, 120))
     prompt = shown[10:]  # the student reads the second half too
     response = [1, *shown[: n + 2], 2, *shown[11:], 3, *shown[: n - 1]]
-    copied = copied_tokens(response, prompt, [7, *shown])
+    copied = copied_tokens(response, novel_sequences(prompt, [7, *shown]))
     assert copied == [False] + [True] * (n + 2) + [False] * (len(response) - n - 3)
-    assert copied_tokens(shown[:n], [], [7, *shown, 7]) == [True] * n
-    assert copied_tokens(shown[: n - 1], [], shown) == [False] * (n - 1)
-    assert copied_tokens([], [], shown) == []
+    assert copied_tokens(shown[:n], novel_sequences([], [7, *shown, 7])) == [True] * n
+    assert copied_tokens(shown[: n - 1], novel_sequences([], shown)) == [False] * (n - 1)
+    assert copied_tokens([], novel_sequences([], shown)) == []
     across = shown[6:14]  # begins in the half that only the teacher reads
-    assert all(copied_tokens(across, prompt, shown))
+    assert all(copied_tokens(across, novel_sequences(prompt, shown)))
     assert longest_run([True, False, True, True, False]) == 2
-    responses = [response, [5] * 10, []]
-    row = compute(view_copying(responses, [prompt] * 3, [shown] * 3, torch.tensor([0, 0, 1])))
-    assert row["view/copied_share"] == pytest.approx((n + 2) / (len(response) + 10))
-    assert row["view/longest_copy"] == pytest.approx((n + 2) / 2)
+    responses = [response, [5] * 10, [], shown[:n]]  # the last one has a view without the copy
+    teacher_prompts = [shown, shown, shown, prompt]
+    row = compute(
+        view_copying(responses, [prompt] * 4, teacher_prompts, torch.tensor([0, 0, 1, 1]))
+    )
+    assert row["view/copied_share"] == pytest.approx((n + 2) / (len(response) + 10 + n))
+    assert row["view/longest_copy"] == pytest.approx((n + 2) / 3)
 
 
 def test_the_test_of_the_teacher_is_left_out_where_it_reads_the_response() -> None:

@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.doctor import check_config
 from opd.analysis.own_prefix import probe_own_prefix
+from opd.analysis.pair_checks import load_side
+from opd.analysis.sample_checks import gather_evidence, teacher_logp_at_end
 from opd.config.settings import Config
+from opd.data.chain_task import Problem
+from opd.data.teacher_view.template import compile_view_template
+from opd.data.teacher_view.view import TeacherView
 from opd.lab.build import TEMPLATE
+from opd.teachers.pair import join_models
 from opd.training.checks.check_result import CheckResult
 from opd.training.train import train
 from tests.helpers.games import ECHO
@@ -72,6 +79,19 @@ def test_the_doctor_scores_its_sample_with_the_view(tiny_pair, data: Path) -> No
     numbers = {x.item: x.numbers for x in results[""]}
     assert numbers["teacher noise"]["signal_rms"] > 1e-2
     assert numbers["teacher noise"]["alone_rms"] < 1e-4
+
+
+def test_the_end_is_scored_by_the_teacher_with_its_view(tiny_pair) -> None:
+    sides = [load_side(str(folder), "cpu", "float32") for folder in tiny_pair]
+    pair = join_models(sides[0].loaded, "teacher", sides[1].loaded)
+    view = TeacherView(template=compile_view_template("{{ prompt }} Hint", "view.jinja"))
+    problems = [Problem(f"{a}+1", str(a + 1)) for a in range(3)]
+    options = {"group": 1, "max_response": 5, "seed": 0}
+    evidence = gather_evidence(*sides, pair, problems, **options, view=view)
+    logq, ids = teacher_logp_at_end(evidence, [0, 1, 2])
+    last = evidence.rollouts.lengths - 1
+    expected = evidence.scored.teacher_logp[torch.arange(3), last]
+    torch.testing.assert_close(logq.gather(1, ids[:, None])[:, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_the_doctor_warns_of_prompts_that_end_in_another_place(tiny_pair, data: Path) -> None:

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diagnostics.batch import Rollouts
 from diagnostics.core.totals import compute
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
+from opd.models.forward import micro_batches
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score_batch
 from opd.scoring.view_effect import measure_view
@@ -86,3 +88,24 @@ def test_the_effect_is_that_of_both_distributions(tiny_pair, is_local: bool) -> 
         assert "view/kl" not in row
     plain_batch = replace(batch, prompts=replace(prompts, view=None))
     assert measure_view(teacher, plain_batch, request) == {}
+
+
+def test_micro_batches_count_the_longer_prompt(tiny_pair) -> None:
+    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+    prompts = encode_prompts(pair.tokenizer, [Problem("1+2" * n, "3") for n in (1, 4, 2)], 2, 64)
+    ids = [[8] * (60 if row == 3 else 2) for row in range(6)]
+    viewed = replace(prompts, view=Prompts.from_ids(ids, prompts.index))
+    rollouts = Rollouts(
+        tokens=torch.ones(6, 4, dtype=torch.long),
+        mask=torch.ones(6, 4, dtype=torch.bool),
+        sampler_logp=torch.zeros(6, 4),
+        prompt=prompts.index,
+        ended=torch.ones(6, dtype=torch.bool),
+    )
+    for limit in (1, 70, 140, 1000):
+        groups = micro_batches(viewed, rollouts, limit)
+        assert sorted(row for group in groups for row in group) == list(range(6))
+        for group in groups:
+            for model_prompts in (viewed, viewed.teacher_prompts):
+                width = model_prompts.rows(group).tokens.shape[1] + 4
+                assert len(group) == 1 or len(group) * width <= limit
