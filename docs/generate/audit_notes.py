@@ -73,6 +73,8 @@ NOTES: dict[str, str] = {
         for source in ("union", "intersection")
         for form in ("", "_bucket")
     },
+    "ours:negative_log_likelihood": "refused in training on the student's own samples, as here; on "
+    "responses of others it is their cross-entropy (prefixes)",
     "ours:k1": "refused in training: minimising log p - log q of samples moves nothing",
     "ours:kl_advantage": "refused in training: an advantage without the action moves nothing",
     "trl:GKD": "the default temperature of 0.9 is for sampling only: the loss scores at 1",

@@ -17,6 +17,8 @@ OURS = [
     *("full_reverse_kl,gamma=1", "full_reverse_kl,ratio=sequence", "full_reverse_kl,ratio_clip=1"),
     *("full_reverse_kl,reward_weight=1", "full_reverse_kl,denominator=sequence_mean"),
     *("full_sampled_future,gamma=1", "full_jsd,beta=0.1", "full_jsd,beta=0.9"),
+    *("negative_log_likelihood", "reward_only,reward_weight=1"),
+    "reward_only,reward_weight=1,reward_baseline=group_normal",
 ]
 """Compositions of ours; K = 2 unless a setting says otherwise."""
 
