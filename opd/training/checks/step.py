@@ -85,10 +85,12 @@ def prompt_check_columns(config: Config, prompts: Prompts, bos: int | None) -> d
         Columns of the row. repeated_prompts: share of the step's prompts that duplicate another
         one. prompts_on_several_ranks: share of distinct prompts that another rank has too.
         doubled_bos: share of prompts of this rank that start with two BOS tokens. Games have the
-        last one only, since their rows are turns.
+        last one only, since their rows are turns, and so have responses from a dataset, which may
+        give several to a prompt.
     """
     columns: dict[str, Tensor] = {}
-    if not is_games(config.data.task):
+    is_checked = not parse_prefixes(config.rollout.prefixes).reads_data
+    if is_checked and not is_games(config.data.task):
         hashes = prompt_hashes(prompts)
         parts = all_gather_rows(hashes) if distributed.world_size() > 1 else [hashes]
         distinct = torch.stack([_count_distinct(part) for part in parts]).sum()

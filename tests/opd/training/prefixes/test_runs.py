@@ -181,6 +181,34 @@ def test_mixed_responses_are_reported_by_their_writer(tiny_pair, tmp_path: Path)
     assert "consistency/z_H" in row
 
 
+def test_a_prompt_may_have_several_given_responses(tiny_pair, tmp_path: Path) -> None:
+    """Each is a row of its own, in the column that the setting names, and none is an alarm."""
+    texts = ["<think>1</think>2", "<think>3</think>4"]
+    lines = [{"prompt": f"4:{i // 2}*2+1", "answer": "2", "text": texts[i % 2]} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = settings(
+        tiny_pair,
+        tmp_path / "run",
+        **ONE_STEP,
+        prefixes="dataset",
+        objective="full_forward_kl",
+        group_size=1,
+        prompts_per_step=36,  # all but the held-out prompts
+        task=str(tmp_path / "data.jsonl"),
+        response_column="text",
+        grader="lab",
+        max_response=30,
+    )
+    folder = train(config).folder
+    row, batch = rows(folder)[0], saved_batch(folder)
+    tokenizer = load_model(str(tiny_pair[0]), "cpu", "float32")[0]
+    decoded = [tokenizer.decode(x[m]) for x, m in zip(batch.tokens, batch.mask, strict=True)]
+    assert sorted(decoded) == sorted([f"{text}{tokenizer.eos_token}" for text in texts] * 18)
+    assert batch.ended.all()
+    assert row["response/reward"] == 0.5
+    assert "data/repeated_prompts" not in row
+
+
 OWN_LOSS = """
 def likelihood(student_logp, mask):
     return -(student_logp * mask).sum() / mask.sum()
