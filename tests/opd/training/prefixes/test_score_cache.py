@@ -162,6 +162,22 @@ def test_the_row_of_another_batch_serves_where_its_own_is_not_there(
         assert row["loss"] == pytest.approx(live_row["loss"], rel=1e-4)
 
 
+def test_a_teacher_with_a_view_is_cached_after_what_it_reads(
+    config: Config, tmp_path: Path
+) -> None:
+    view = tmp_path / "view.jinja"
+    view.write_text("{{ prompt }} {{ answer }}{{ answer }}")
+    changes = {"teacher_view": str(view), "steps": 1}
+    live = with_settings(config, out=str(tmp_path / "live"), **changes)
+    make_cache(live, tmp_path / "scores")
+    run = cached(live, tmp_path / "scores", tmp_path / "cached")
+    expected, actual = (saved_batch(train(x).folder, 0) for x in (live, run))
+    assert torch.equal(expected.teacher_logp, actual.teacher_logp)
+    assert rows(Path(live.out))[0]["loss"] == rows(Path(run.out))[0]["loss"]
+    with pytest.raises(InvalidInput, match="responses of step 0 are not in the cache"):
+        train(with_settings(run, out=str(tmp_path / "plain"), teacher_view=""))
+
+
 def test_mapped_ends_have_the_bits_too(config: Config, tmp_path: Path) -> None:
     """The teacher ends with another token than the student, and is read at its own."""
     teacher = tmp_path / "teacher"
