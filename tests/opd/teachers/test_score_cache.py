@@ -60,21 +60,26 @@ def test_a_key_is_of_ids_and_not_of_padding() -> None:
     changed_prompt[0, 2] = 3
     shorter = rollouts.mask.clone()
     shorter[0, 0] = False  # the first token is read and not scored
-    moved_prompts = Prompts(
-        tokens=left_pad([[5, 6], [8], [5, 6]], torch.long),
-        mask=left_pad([[True] * 2, [True], [True] * 2], torch.bool),
-        index=prompts.index,
-        answers=prompts.answers,
-    )
-    moved = replace(rollouts, tokens=right_pad([[7, 1, 2], *RESPONSES[1:]], torch.long))
-    moved = replace(moved, mask=moved.tokens > 0, sampler_logp=torch.zeros(moved.tokens.shape))
     others = [
         row_keys(prompts, replace(rollouts, tokens=changed_tokens))[0],
         row_keys(replace(prompts, tokens=changed_prompt), rollouts)[0],
         row_keys(prompts, replace(rollouts, mask=shorter))[0],
-        row_keys(moved_prompts, moved)[0],  # the same ids, split elsewhere
     ]
-    assert len({keys[0], *others}) == 5
+    assert len({keys[0], *others}) == 4
+    # ids and flags that are the same numbers in a row, split elsewhere
+    first, second = ([[5]], [[1, 1]]), ([[5, 1, 1]], [[1]])
+    split_keys = []
+    for prompt_ids, response_ids in (first, second):
+        tokens = torch.tensor(response_ids)
+        rollouts = replace(
+            batch_of([1])[1],
+            tokens=tokens,
+            mask=tokens > 0,
+            sampler_logp=torch.zeros(tokens.shape),
+        )
+        one_prompt = Prompts.from_ids(prompt_ids, torch.tensor([0]), [""])
+        split_keys += row_keys(one_prompt, rollouts)
+    assert split_keys[0] != split_keys[1]
     assert batch_key(keys) != batch_key(keys[::-1])
 
 

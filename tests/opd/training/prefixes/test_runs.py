@@ -17,6 +17,8 @@ from opd.config.settings import with_settings
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.models.loading import load_model
+from opd.training import train as trainer
+from opd.training.prefetch import TaskRollouts
 from opd.training.train import train
 from tests.helpers.runs import rows, settings, train_in_rank
 from tests.helpers.warm_process import run_ranks
@@ -132,8 +134,18 @@ def test_the_reward_alone_needs_no_teacher(tiny_pair, tmp_path: Path) -> None:
     assert missing_fields(batch).keys() == {"teacher_logp"}
 
 
-def test_the_teacher_writes_what_it_is_scored_for(tiny_pair, tmp_path: Path) -> None:
+def test_the_teacher_writes_what_it_is_scored_for(
+    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its log-probabilities when it samples are its scores; no test of the student's sampling."""
+    probed: list[TaskRollouts] = []
+    original = trainer.roll_out
+
+    def recording(*arguments: Any, **options: Any) -> TaskRollouts:
+        probed.append(original(*arguments, **options))
+        return probed[-1]
+
+    monkeypatch.setattr(trainer, "roll_out", recording)
     config = settings(
         tiny_pair,
         tmp_path / "run",
@@ -153,7 +165,10 @@ def test_the_teacher_writes_what_it_is_scored_for(tiny_pair, tmp_path: Path) -> 
     loss = ratio * (batch.student_logp - batch.teacher_logp) * batch.student_logp
     assert row["loss"] == pytest.approx(float(loss.sum() / batch.mask.sum()), rel=1e-4)
     assert not [name for name in row if name.startswith(("consistency/z", "consistency/sampler"))]
-    assert any(name.startswith("gradient/") for name in row), "the probe samples its own"
+    (probe,) = probed
+    assert probe.rollouts.origin is None, "the probe samples from the student"
+    assert not torch.equal(probe.rollouts.tokens[:, :4], batch.tokens[:, :4])
+    assert any(name.startswith("gradient/") for name in row)
 
 
 def test_mixed_responses_are_reported_by_their_writer(tiny_pair, tmp_path: Path) -> None:

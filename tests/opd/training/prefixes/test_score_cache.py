@@ -18,6 +18,7 @@ from opd.config.settings import Config, with_settings
 from opd.models.loading import load_model
 from opd.teachers.score_cache import files
 from opd.teachers.score_cache.files import read_index
+from opd.teachers.score_cache.keys import batch_key
 from opd.training import score_cache
 from opd.training.score_cache import check_cache, make_cache
 from opd.training.train import train
@@ -146,6 +147,9 @@ def test_an_interrupted_cache_is_continued(
     parts = [load_file(folder / name) for name in index.shards]
     for name, tensor in whole.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+    for part in parts:  # a step is a batch: the key of its rows, in order
+        row_bytes = [row.numpy().tobytes() for row in part["keys"]]
+        assert {row.numpy().tobytes() for row in part["batch_keys"]} == {batch_key(row_bytes)}
     assert index.num_tokens == len(whole["sampled"]) == int(whole["lengths"].sum())
     longer = make_cache(with_settings(config, steps=4), folder)
     assert longer.num_done == 4
