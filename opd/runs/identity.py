@@ -26,15 +26,15 @@ def record_identities(folder: Path, config: dict[str, Any]) -> None:
 
     Args:
         folder: Run folder.
-        config: Settings. Fingerprints are stored under student, teacher and task; names that are
-            not local paths are left out.
+        config: Settings. Fingerprints are stored under student, teacher, task and the templates of
+            the teacher's prompts; names that are not local paths are left out.
     """
     path = folder / "identities.json"
     if path.exists():
         return
     fingerprints = {
         name: digest
-        for name in ("student", "teacher", "task")
+        for name in ("student", "teacher", "task", "teacher_view", "teacher_template")
         if not config.get("tasks") and (digest := fingerprint(Path(str(config.get(name) or ""))))
     }
     write_text(path, json.dumps(fingerprints))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
+from diagnostics.records.run_groups import differing_settings
 from opd.config.settings import TaskSettings
 from opd.lab.build import make_tokenizer
 from opd.training import checkpoint
@@ -253,6 +254,16 @@ def test_tasks_have_views_of_their_own_and_may_share_an_average(
         average = {name: 0.75 * x + 0.25 * student[name] for name, x in average.items()}
         for name, weight in load_file(saved / "teacher.safetensors").items():
             torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-6)
+
+
+def test_seeds_of_one_method_have_the_text_of_one_view(view_run) -> None:
+    """Whatever the files are called; the same name of another text is another method."""
+    options = {"steps": 0, "eval_every": 0}
+    first = view_run("first", "{{ answer }}", **options)
+    second = view_run("second", "{{ answer }}", **options, seed=1)
+    other = view_run("other", "{{ prompt }}{{ answer }}", **options, seed=2)
+    assert "teacher_view" not in differing_settings([first, second])
+    assert "teacher_view" in differing_settings([first, other])
 
 
 def test_a_template_that_changes_during_a_run_is_refused(view_run) -> None:
