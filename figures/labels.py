@@ -27,6 +27,20 @@ METHODS = {
     "v3_teacher_and_sampled_mask": "V3, mask",
     "v4_student_tail_mask": "V4, mask",
     "v5_teacher_tail_mask": "V5, mask",
+    "sft": "SFT",
+    "offline_kl": "offline KL",
+    "mixed": "mixed prefixes",
+    "reward_only": "reward only",
+    "on_policy_sampled": "on-policy, sampled token",
+    "on_policy_topk": "on-policy, top K",
+    "solution": "solution of the problem",
+    "another": "solution of another problem",
+    "empty": "no solution",
+    **{
+        f"{teacher}_{view}": f"{teacher}: {shown}"
+        for teacher in ("frozen", "moving", "live", "strong")
+        for view, shown in (("solution", "solution"), ("another", "another"), ("empty", "none"))
+    },
 }
 """Printed name of each method that `opd paper` and `opd demo` run."""
 

@@ -28,7 +28,7 @@ PAPER_FIGURES = (
 RUN_FIGURES = (
     *PAPER_FIGURES[1:],
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
-    *("sampler", "signal_loss", "tokenizer", "warning"),
+    *("sampler", "signal_loss", "tokenizer", "warning", "views", "controls"),
 )
 """Figures of run folders; they build their table with `collect(runs)`."""
 TABLE_NAMES = {
@@ -90,6 +90,9 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     if name == "agents":
         runs = ["results/paper/games/*", "results/paper/agents/*"]
         return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]
+    if name in ("views", "controls"):
+        update = update.format(runs=f"results/paper/{name}/*")
+        return [f"opd paper --groups {name}", update]
     if name in RUN_FIGURES:
         record_path = table_path(name).with_suffix(".json")
         if runs is None and record_path.exists():

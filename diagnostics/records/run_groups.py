@@ -157,17 +157,20 @@ def distinct_names(runs: list[Path], names: list[str]) -> list[str]:
     return unique_names
 
 
-def check_same_method(method: str, runs: list[Path]) -> None:
+def check_same_method(method: str, runs: list[Path], varying: frozenset[str] = frozenset()) -> None:
     """Raise unless the runs are seeds of one method.
 
     Args:
         method: Its name in messages.
         runs: Run folders.
+        varying: Settings that differ between the seeds of the method by design.
 
     Raises:
         InvalidInput: They differ in more than their seed, or two have the same seed.
     """
     for name, texts in differing_settings(runs).items():
+        if name in varying:
+            continue
         i = next(i for i, text in enumerate(texts) if text != texts[0])
         reason = f"{name} is {texts[0]!r} in {runs[0]} and {texts[i]!r} in {runs[i]}"
         if name == "run":

@@ -1,7 +1,8 @@
 """The paper's claims and the recorded measurements that test them: `opd figures claims`.
 
-Each claim quotes or paraphrases arXiv 2603.25562. Its measurement and verdict are computed from
-the tables in figures/data when the command runs; none of our numbers is written here.
+Each claim quotes or paraphrases arXiv 2603.25562, or other work that it names. Its measurement and
+verdict are computed from the tables in figures/data when the command runs; none of our numbers is
+written here.
 """
 
 from pathlib import Path
@@ -21,6 +22,7 @@ from figures.claims.sections import (
     agents,
     dynamics,
     failures,
+    matched,
     multi,
     out_of_reach,
     single,
@@ -37,6 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
     *dynamics.DYNAMICS,
     *ablations.ABLATIONS,
     *variants.VARIANTS,
+    *matched.MATCHED,
     *out_of_reach.OUT_OF_REACH,
 )
 
@@ -82,7 +85,9 @@ def render_markdown(folder: Path) -> str:
         "Numbers in parentheses are the paper's, in percent. With two tasks, the first is the one "
         "whose teacher uses other tags and EOS (chain here, mathematics in the paper), the second "
         "the other one (sort, ALFWorld). Intervals are not corrected for the number of claims: "
-        "some exclude 0 by chance. `opd figures` draws what `opd paper` recorded.",
+        "some exclude 0 by chance. Claims of other work have its arXiv number in the place of the "
+        "section; their models are those of `opd lab --view`. `opd figures` draws what `opd paper` "
+        "recorded.",
         "",
         ", ".join(f"{verdict}: {n}" for verdict, n in counts.items()) + ".",
         "",

@@ -35,11 +35,12 @@ EVALUATION_COLUMNS = (
 )
 
 
-def parse_run_folders(runs: list[Path]) -> pd.DataFrame:
+def parse_run_folders(runs: list[Path], varying: frozenset[str] = frozenset()) -> pd.DataFrame:
     """Return group, method and seed of each run folder.
 
     Args:
         runs: Run folders.
+        varying: Settings that differ between the seeds of a method by design, such as the student.
 
     Returns:
         A table with the columns group, method and seed, one row a run, in order.
@@ -53,7 +54,7 @@ def parse_run_folders(runs: list[Path]) -> pd.DataFrame:
     labels = [{"group": x.group, "method": x.method, "seed": x.seed} for x in folders]
     table = pd.DataFrame(labels, columns=["group", "method", "seed"])
     for (group, method), rows in table.groupby(["group", "method"], sort=False):
-        check_same_method(f"{group}/{method}", [runs[i] for i in rows.index])
+        check_same_method(f"{group}/{method}", [runs[i] for i in rows.index], varying)
     return table
 
 
@@ -100,19 +101,22 @@ def pivot_metrics(table: pd.DataFrame) -> pd.DataFrame:
     return wide.reset_index().astype({"run": int, "step": int})
 
 
-def label_runs(table: pd.DataFrame, runs: list[Path]) -> pd.DataFrame:
+def label_runs(
+    table: pd.DataFrame, runs: list[Path], varying: frozenset[str] = frozenset()
+) -> pd.DataFrame:
     """Add group, method and seed of the runs to a table, and round it to four digits.
 
     Args:
         table: A table with the column run, the index in `runs`.
         runs: Run folders.
+        varying: Settings that differ between the seeds of a method by design.
 
     Returns:
         The table with three more columns.
     """
     numbers = table.select_dtypes("number").columns.difference(["run", "step"])
     rounded = table.assign(**{name: table[name].map(round_metric) for name in numbers})
-    return rounded.join(parse_run_folders(runs), on="run")
+    return rounded.join(parse_run_folders(runs, varying), on="run")
 
 
 def check_same_problems(table: pd.DataFrame, runs: list[Path], keys: list[str]) -> None:

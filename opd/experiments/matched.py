@@ -1,10 +1,11 @@
 """Cells of `opd paper` on the models of `opd lab --view`: what the teacher reads, and controls.
 
-The group "views" has three teachers: a frozen copy of the student, a moving average of it, and the
-stronger model from which the students were made. Each reads the solution of the problem, that of
-another problem, or none. The group "controls" has the comparisons that a paper on distillation is
-asked for, all with the same teacher, which reads what the student reads: other sources of
-responses, another loss, or no teacher. The seed is that of the student, of prompts and of sampling.
+The group "views" has four teachers: a frozen copy of the student, a moving average of it, the
+student itself, and the stronger model from which the students were made. Each reads the solution of
+the problem, that of another problem, or none. The group "controls" has the comparisons that a paper
+on distillation is asked for, all with the same teacher, which reads what the student reads: other
+sources of responses, another loss, or no teacher. The seed is that of the student, of prompts and
+of sampling.
 """
 
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 
 from opd.lab.configs import view_student
 
-FROZEN, MOVING, STRONG = "frozen", "moving", "strong"
 TEACHERS = {
-    FROZEN: ("--teacher", "{student}"),
-    MOVING: ("--teacher", "ema", "--ema-decay", "0.9"),
-    STRONG: ("--teacher", "{teacher}"),
+    "frozen": ("--teacher", "{student}"),
+    "moving": ("--teacher", "ema", "--ema-decay", "0.9"),
+    "live": ("--teacher", "ema", "--ema-decay", "0"),
+    "strong": ("--teacher", "{teacher}"),
 }
 """Teacher of the group "views" to its settings."""
 VIEWS = {"solution": "none", "another": "other_problem", "empty": "empty"}
@@ -34,14 +35,8 @@ GIVEN = ("--prefixes", "dataset", "--prompts-per-step", "32", "--group-size", "1
 TEACHER = ("--teacher", "{teacher}")
 NO_TEACHER = ("--teacher", "none")
 CONTROL_METHODS: dict[str, tuple[str, ...]] = {
-    "sft": (
-        *(*GIVEN, *NO_TEACHER, "--objective", "negative_log_likelihood"),
-        *("--steps", "120", "--eval-every", "15"),
-    ),
-    "offline_kl": (
-        *(*GIVEN, *TEACHER, "--objective", "full_forward_kl"),
-        *("--steps", "60", "--eval-every", "10"),
-    ),
+    "sft": (*GIVEN, *NO_TEACHER, "--objective", "negative_log_likelihood", "--steps", "120"),
+    "offline_kl": (*GIVEN, *TEACHER, "--objective", "full_forward_kl", "--steps", "60"),
     "mixed": ("--prefixes", "mixed:0.5", *TEACHER, "--objective", "full_jsd", "--beta", "0.5"),
     "reward_only": (*NO_TEACHER, "--objective", "reward_only", "--reward-weight", "1"),
     "on_policy_sampled": (*TEACHER, "--objective", "sampled_token"),

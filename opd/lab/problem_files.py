@@ -19,6 +19,7 @@ MAX_MESSAGE = 96
 """Limit in tokens of a message that shows a solution."""
 MESSAGE_COLUMNS = {
     "alone": "{prompt}",
+    "no solution shown": "{prompt} | ",
     "solution shown": "{prompt} | {solution}",
     "another solution shown": "{prompt} | {another_solution}",
 }

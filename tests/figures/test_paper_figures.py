@@ -369,12 +369,11 @@ def test_what_is_written_of_the_tables_is_up_to_date(path: str, module: object) 
     assert text == module.render_markdown(DATA), command
 
 
-def test_the_tables_shown_are_up_to_date() -> None:
-    table = load_figure_table("comparison", table_path("comparison"))
-    path = DATA.parent / "shown" / "comparison.md"
-    assert path.read_text() == comparison.markdown(comparison.summary(table)), (
-        "opd figures comparison"
-    )
+@pytest.mark.parametrize("name", ["comparison", "views", "controls"])
+def test_the_tables_shown_are_up_to_date(name: str) -> None:
+    module, path = figure_module(name), DATA.parent / "shown" / f"{name}.md"
+    table = load_figure_table(name, table_path(name))
+    assert path.read_text() == module.markdown(module.summary(table)), f"opd figures {name}"
 
 
 def test_every_claim_names_a_figure_that_exists() -> None:

@@ -117,8 +117,10 @@ def matched_config(group: str, method: str, seed: int, root: Path) -> Config:
 def test_views_differ_in_the_teacher_and_in_what_it_is_shown(method: str, tmp_path: Path) -> None:
     config = matched_config("views", method, 2, tmp_path)
     teacher, shown = method.split("_")
-    teachers = {"frozen": config.student, "moving": "ema", "strong": str(tmp_path / "lab/teacher")}
-    assert config.teacher == teachers[teacher]
+    teachers = {"frozen": config.student, "strong": str(tmp_path / "lab/teacher")}
+    assert config.teacher == teachers.get(teacher, "ema")
+    if config.teacher == "ema":
+        assert config.optimizer.ema_decay == {"moving": 0.9, "live": 0.0}[teacher]
     controls = {"solution": "none", "another": "other_problem", "empty": "empty"}
     assert config.view.view_control == controls[shown]
     assert Path(config.view.teacher_view).read_text() == "{{ prompt }} | {{ solution }}"

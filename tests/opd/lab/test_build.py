@@ -24,6 +24,7 @@ from opd.lab.build import (
     new_model,
 )
 from opd.lab.configs import LabConfig, ToyModelConfig, household_config, tiny_config
+from opd.lab.problem_files import MESSAGE_COLUMNS
 from opd.lab.writing_style import WritingStyle
 from opd.runtime.seeds import derive_seed
 
@@ -199,5 +200,5 @@ def test_a_model_that_continues_another_starts_from_its_weights(
     assert {row["prompt"]: row["response"] for row in rows} == texts
     assert len(set(texts.values())) == num_training
     accuracies = json.loads((tmp_path / "lab.json").read_text())["student"]["tasks"]
-    assert list(accuracies) == ["alone", "solution shown", "another solution shown"]
+    assert list(accuracies) == list(MESSAGE_COLUMNS)
     assert build(tmp_path, config) == (student_folder, teacher_folder)
