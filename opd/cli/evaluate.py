@@ -100,7 +100,9 @@ def main(argv: list[str]) -> None:
         device=options.device,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        columns=Columns(options.prompt_column, options.answer_column, options.task_column),
+        columns=Columns(
+            prompt=options.prompt_column, answer=options.answer_column, task=options.task_column
+        ),
         grader=options.grader,
         system=options.system,
         template=template,

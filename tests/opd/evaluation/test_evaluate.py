@@ -434,7 +434,12 @@ def test_the_command_writes_what_it_found(
     assert (printed_again["against/low"], printed_again["against/high"]) == gain_interval(
         np.zeros(20)
     )
+    kinds = [{"q": x["q"], "a": x["a"], "kind": f"k{i}"} for i, x in enumerate(lines)]
+    file.write_text("".join(json.dumps(x) + "\n" for x in kinds))
     command.main([*words, *held_out])
-    assert json.loads(capsys.readouterr().out)["problems"] == 2
+    unlabelled = json.loads(capsys.readouterr().out)
+    assert (unlabelled["problems"], "task_mean" in unlabelled) == (2, False)
+    command.main([*words, *held_out, "--task-column", "kind"])
+    assert "task_mean" in json.loads(capsys.readouterr().out)
     with pytest.raises(ValueError, match="different problems"):
         command.main([*words, *held_out, "--against", str(out)])
