@@ -44,6 +44,11 @@ class Prefixes:
         return max(self.first_share, self.last_share) > 0
 
     @property
+    def is_changing(self) -> bool:
+        """Whether the share of the student's own responses changes from step to step."""
+        return self.first_share != self.last_share
+
+    @property
     def is_on_policy(self) -> bool:
         """Whether every response is sampled from the student that is trained on it."""
         return not self.partner and not self.replay_age

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.alarms.alarms import Alarms
+from diagnostics.alarms.rules import RULES, AlarmRule
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import has_type, short_repr
 from diagnostics.records.rows import POSITION_BIN, Row
 from diagnostics.records.run_folder import RunFolder
 from diagnostics.stats import round_significant
+from opd.runs.alarm_rules import recorded_prefixes, rules_of
 from opd.runs.restart import start_history
 from opd.runs.result import verdict
 
@@ -187,7 +189,7 @@ def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
     """
     tasks = list(dict.fromkeys(row.get("task", "") for row in run.rows)) or [""]
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
-    code = run.code.strip()
+    code, prefixes = run.code.strip(), recorded_prefixes(run.config)
     return {
         "name": run.folder.name,
         "folder": str(run.folder.path),
@@ -196,10 +198,15 @@ def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
         "seconds": round(seconds, 1),
         "evals": [evaluation_entry(row) for row in run.evals],
-        "verdict": verdict(run.rows, run.evals),
+        "verdict": verdict(run.rows, run.evals, prefixes),
         "notes": list(run.notes),
         "tasks": [
-            task_page_data(task, [row for row in run.rows if row.get("task", "") == task], runs)
+            task_page_data(
+                task,
+                [row for row in run.rows if row.get("task", "") == task],
+                runs,
+                rules_of(prefixes),
+            )
             for task in tasks
         ],
     }
@@ -211,9 +218,11 @@ def evaluation_entry(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in fields if name in row}
 
 
-def task_page_data(task: str, task_rows: list[Row], runs: int = 1) -> dict[str, Any]:
+def task_page_data(
+    task: str, task_rows: list[Row], runs: int = 1, rules: Sequence[AlarmRule] = RULES
+) -> dict[str, Any]:
     """Collect curves, alarms and positions of one task's rows."""
-    alarm_monitor, alarms, bins = Alarms(), [], position_bins(task_rows)
+    alarm_monitor, alarms, bins = Alarms(rules), [], position_bins(task_rows)
     for row in task_rows:
         alarms += alarm_monitor.update(row)
     steps, curve_data = curves(

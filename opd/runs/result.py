@@ -21,6 +21,8 @@ from diagnostics.stats import (
     t_critical,
     unpaired_interval,
 )
+from opd.config.prefixes import ON_POLICY, Prefixes
+from opd.runs.alarm_rules import recorded_prefixes, rules_of
 
 MIN_PROBLEMS = 16
 """Smallest number of held-out problems for a conclusion about accuracy."""
@@ -66,15 +68,18 @@ class Change:
 
 def run_verdict(run: RunFolder) -> dict[str, Any]:
     """Judge a run by its record; see `verdict`."""
-    return verdict(run.rows(), run.evaluations({}))
+    return verdict(run.rows(), run.evaluations({}), recorded_prefixes(run.settings()))
 
 
-def verdict(rows: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
+def verdict(
+    rows: Sequence[Row], evaluations: Sequence[Row], prefixes: Prefixes = ON_POLICY
+) -> dict[str, Any]:
     """Judge a run by its rows and evaluations.
 
     Args:
         rows: Rows of the run.
         evaluations: Rows of evals.jsonl.
+        prefixes: Who wrote the responses.
 
     Returns:
         `state`, `text`, `changes` and `alarms`. The state is "good" if there is an improvement, no
@@ -87,10 +92,10 @@ def verdict(rows: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
         for task in tasks
         for change in (
             accuracy_change([row for row in evaluations if row.get("task", "") == task], task),
-            divergence_change([row for row in rows if row.get("task", "") == task], task),
+            divergence_change([row for row in rows if row.get("task", "") == task], task, prefixes),
         )
     ]
-    alarms = active_alarms(rows)
+    alarms = active_alarms(rows, prefixes)
     outcomes = {change.shown for change in changes}
     state = "bad" if alarms or WORSE in outcomes else "good" if BETTER in outcomes else "open"
     return {
@@ -101,11 +106,11 @@ def verdict(rows: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def active_alarms(rows: Sequence[Row]) -> list[str]:
+def active_alarms(rows: Sequence[Row], prefixes: Prefixes) -> list[str]:
     """Return the alarms that are active after the last row, monitoring each task separately."""
     alarms_by_task: dict[str, Alarms] = {}
     for row in rows:
-        alarms_by_task.setdefault(row.get("task", ""), Alarms()).update(row)
+        alarms_by_task.setdefault(row.get("task", ""), Alarms(rules_of(prefixes))).update(row)
     return sorted({name for alarms in alarms_by_task.values() for name in alarms.active})
 
 
@@ -163,21 +168,30 @@ def accuracy_change(evaluations: Sequence[Row], task: str = "") -> Change:
     )
 
 
-def divergence_change(rows: Sequence[Row], task: str = "") -> Change:
+def divergence_change(
+    rows: Sequence[Row], task: str = "", prefixes: Prefixes = ON_POLICY
+) -> Change:
     """Compare the divergence in the first and last steps, with Welch's confidence interval.
 
     Each end has MIN_STEPS steps, or a tenth of all if that is more. A step's value is the mean over
     its tokens and is weighted by their number; steps are the sampling unit, each with its own
-    prompts.
+    prompts. Not measured are the sampled cost on responses that others wrote, where it is no
+    divergence, and any change while the share of the student's own responses changes.
 
     Args:
         rows: Rows of one task.
         task: Name of the task.
+        prefixes: Who wrote the responses.
 
     Returns:
         The change.
     """
+    if prefixes.is_changing:
+        basis = "the steps have different shares of the student's own responses"
+        return no_change_measured("divergence from the teacher", task, basis)
     for column, name in DIVERGENCES:
+        if prefixes.partner and column == "divergence/k1":
+            continue
         points = [
             (float(row[column]), count_tokens(row))
             for row in rows

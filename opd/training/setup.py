@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.alarms.rules import RULES, AlarmRule
 from diagnostics.batch import ORIGINS, ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.core.totals import Accumulator, Mean
@@ -33,6 +32,7 @@ from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.user_loss import try_user_loss
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
+from opd.runs.alarm_rules import rules_of
 from opd.runs.identity import record_templates
 from opd.runtime import distributed
 from opd.scoring.score import ScoreRequest
@@ -221,27 +221,6 @@ def panel_of(prefixes: Prefixes) -> dict[str, Metric]:
         for name, metric in PANEL.items()
         if prefixes.has_own or name not in SAMPLER_TESTS
     }
-
-
-def rules_of(prefixes: Prefixes) -> list[AlarmRule]:
-    """Return the alarm rules that mean something on the prefixes of a run.
-
-    The sampled cost is a divergence on the student's own tokens only, and a column is no trend of
-    the student while the share of its responses changes.
-
-    Args:
-        prefixes: Who writes the responses.
-
-    Returns:
-        The rules.
-    """
-    is_changing = prefixes.first_share != prefixes.last_share
-    return [
-        rule
-        for rule in RULES
-        if not (prefixes.partner and rule.metric == "divergence/k1")
-        and not (is_changing and rule.num_reference)
-    ]
 
 
 def metrics_by_origin(prefixes: Prefixes) -> dict[str, Metric]:

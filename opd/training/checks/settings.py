@@ -21,8 +21,9 @@ STUDENT_DERIVED = ("base", "ema")
 def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Yield a message for every setting that does not go with the objective."""
     views = any(has_view(task_config) for task_config in task_configs(config))
+    imitates = config.rollout.prefixes == "teacher" and objective.local.likelihood
     reads_teacher = objective.requirements.teacher and not config.objective.reward_weight
-    if config.teacher in STUDENT_DERIVED and reads_teacher and not views:
+    if config.teacher in STUDENT_DERIVED and (reads_teacher or imitates) and not views:
         yield (
             f'teacher "{config.teacher}" starts as a copy of the student, so the divergence and '
             "its gradient are zero; set reward_weight to train on rewards, show the teacher more "

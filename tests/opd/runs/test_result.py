@@ -1,5 +1,6 @@
 """The result of a run: every state, the confidence intervals, and the output of the command."""
 
+import json
 import math
 from typing import Any
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diagnostics.records.run_folder import RunFolder
 from diagnostics.stats import gain_interval, problem_accuracies, unpaired_interval
 from opd.cli.train import main as train_command
 from opd.cli.train import parse_arguments
+from opd.config.prefixes import parse_prefixes
+from opd.report.run_data import read_run, run_page_data
 from opd.runs import result
 from opd.runs.result import BETTER, INCONCLUSIVE, WORSE, accuracy_change, divergence_change
 
@@ -113,6 +117,36 @@ def test_the_change_of_divergence_has_welchs_interval() -> None:
     cost = divergence_change(steps([1.0, math.nan] * 3 + [1.1, 0.9] * 20, "divergence/k1"))
     assert (cost.quantity, cost.shown) == ("sampled cost", INCONCLUSIVE)
     assert divergence_change(steps([0.1] * 5 + [1.0] * 5)).shown == WORSE
+
+
+@pytest.mark.parametrize("text", ["teacher", "dataset", "mixed:0.5"])
+def test_a_cost_on_tokens_of_others_is_no_divergence(tmp_path: Any, text: str) -> None:
+    rows = falling(0.2, 1, column="divergence/k1")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judgements = []
+    for prefixes in ("student", "replay:2", text):
+        settings = {"student": "s", "teacher": "t", "seed": 0, "prefixes": prefixes}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        judgement = result.run_verdict(RunFolder(tmp_path))
+        on_page = run_page_data(read_run(tmp_path))
+        assert on_page["verdict"] == judgement
+        raised = {alarm["rule"] for alarm in on_page["tasks"][0]["alarms"]}
+        assert raised == (set() if prefixes == text else {"drift_k1"})
+        judgements.append(judgement["state"])
+    assert judgements == ["bad", "bad", "open"]
+    rows = falling(0.2, 1)
+    assert result.verdict(rows, [], parse_prefixes(text))["state"] == "bad", "the exact divergence"
+
+
+def test_steps_with_different_shares_of_own_responses_show_no_trend() -> None:
+    rows = falling(0.2, 0.2) + [row | {"step": row["step"] + 20} for row in falling(2, 2)]
+    assert result.verdict(rows, [], parse_prefixes("mixed:0.5"))["alarms"] == [
+        "drift_kl",
+        "no_progress",
+    ]
+    judgement = result.verdict(rows, [], parse_prefixes("mixed:0-1"))
+    assert (judgement["state"], judgement["alarms"]) == ("open", [])
+    assert "different shares" in judgement["changes"][1]["sentence"]
 
 
 def test_steps_count_by_their_tokens() -> None:

@@ -11,7 +11,8 @@ from diagnostics.errors import InvalidInput
 from opd.config.prefixes import parse_prefixes
 from opd.config.settings import Config
 from opd.objectives.factory import OBJECTIVES
-from opd.training.setup import panel_of, rules_of
+from opd.runs.alarm_rules import rules_of
+from opd.training.setup import panel_of
 from opd.training.train import train
 from opd.training.validation import validate
 from tests.helpers.runs import settings
@@ -62,6 +63,10 @@ GIVEN = {"prefixes": "dataset", "group_size": 1}
             },
             "set rollout_lag to 0",
         ),
+        (
+            {"prefixes": "teacher", "objective": "negative_log_likelihood", "teacher": "ema"},
+            "starts as a copy of the student, so the divergence and its gradient are zero",
+        ),
         ({"response_column": "text"}, "only if prefixes is dataset"),
         ({"objective": "reward_only"}, "reward_weight is 0"),
         ({"teacher": "none"}, "objective teacher_topk with baseline none reads one"),
@@ -95,6 +100,7 @@ def test_combinations_that_are_refused(tiny_pair, changes: dict[str, Any], messa
             "objective": "negative_log_likelihood",
             "teacher": "base",
             "lora_rank": 2,
+            "teacher_system": "Know all.",
         },
         {"prefixes": "teacher", "objective": "sampled_token", "ratio": "sequence", "gamma": 1.0},
         {"prefixes": "mixed:0.5", "objective": "k2", "ratio": "token"},
