@@ -30,6 +30,7 @@ from opd.teachers.score_cache.files import (
     Shard,
     check_shards,
     read_index,
+    stored_keys,
     write_index,
 )
 from opd.teachers.score_cache.identity import tokenizer_fingerprint, weights_fingerprint
@@ -83,8 +84,9 @@ def make_cache(config: Config, folder: Path) -> CacheIndex:
         The content of its cache.json.
 
     Raises:
-        InvalidInput: The settings do not go with a cache, or the folder holds that of another
-            teacher, tokenizer, temperature, K or mapping of EOS ids, or is damaged.
+        InvalidInput: The settings do not go with a cache, or the folder holds that of other
+            responses or of another teacher, tokenizer, temperature, K or mapping of EOS ids, or is
+            damaged.
     """
     refuse_uncachable(config)
     pair = make_pair(config)
@@ -93,6 +95,7 @@ def make_cache(config: Config, folder: Path) -> CacheIndex:
     index = CacheIndex(header=header, num_steps=config.steps)
     if (folder / CACHE_FILE).exists():
         index = continued_index(folder, index)
+        refuse_other_responses(task, folder, index)
     folder.mkdir(parents=True, exist_ok=True)
     shard, first_step = Shard(), index.num_done
     with pair.teacher.on_device(pair.student.device):
@@ -152,6 +155,28 @@ def continued_index(folder: Path, wanted: CacheIndex) -> CacheIndex:
         )
     check_shards(folder, present)
     return replace(present, num_steps=max(present.num_done, wanted.num_steps))
+
+
+def refuse_other_responses(task: TaskState, folder: Path, index: CacheIndex) -> None:
+    """Refuse to continue a cache whose steps are not those of the run.
+
+    Args:
+        task: The task.
+        folder: Folder of the cache.
+        index: Its cache.json.
+
+    Raises:
+        InvalidInput: A response of a step that is done is not in the cache.
+    """
+    stored = stored_keys(folder, index)
+    for step in range(min(index.num_done, task.config.steps)):
+        prompts, rollouts = step_responses(task, step)
+        if not stored.issuperset(row_keys(prompts.teacher_prompts, rollouts)):
+            raise InvalidInput(
+                f"{folder} holds the scores of other responses than those of step {step}: it was "
+                "made with other data, or with another seed, prompts_per_step, max_response or "
+                "view of the teacher; choose another folder, or remove this one"
+            )
 
 
 def make_header(config: Config, pair: ModelPair) -> CacheHeader:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -133,6 +134,15 @@ def check_shards(folder: Path, index: CacheIndex) -> None:
             raise InvalidInput(
                 f"{problem}; restore it, or remove the folder and make the cache again"
             )
+
+
+def stored_keys(folder: Path, index: CacheIndex) -> set[bytes]:
+    """Return the keys of all rows of a cache (`opd.teachers.score_cache.keys`)."""
+    keys = set[bytes]()
+    for name in index.shards:
+        with safe_open(str(folder / name), framework="pt") as file:
+            keys.update(row.tobytes() for row in file.get_tensor("keys").numpy())
+    return keys
 
 
 @dataclass(eq=False)

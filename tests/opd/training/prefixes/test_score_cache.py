@@ -156,6 +156,18 @@ def test_an_interrupted_cache_is_continued(
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("change", [{"seed": 4}, {"max_response": 3}])
+def test_a_cache_of_other_responses_is_not_continued(
+    config: Config, cache: Path, change: dict[str, object]
+) -> None:
+    before = (cache / files.CACHE_FILE).read_bytes()
+    with pytest.raises(InvalidInput, match=r"other responses than those of step 0.*choose another"):
+        make_cache(with_settings(config, **change), cache)
+    assert (cache / files.CACHE_FILE).read_bytes() == before
+    make_cache(with_settings(config, steps=2), cache)  # the first steps of the same run
+    assert read_index(cache).num_done == 3
+
+
 def test_the_row_of_another_batch_serves_where_its_own_is_not_there(
     config: Config, cache: Path, tmp_path: Path
 ) -> None:
