@@ -63,7 +63,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     (
         "consistency/grader_*",
         "grader_constant, 1 if all responses have the same reward and so do a correct answer and "
-        "an empty one; grader_missing, share of responses without a reward",
+        "an empty one; grader_missing, share without a reward of the responses to problems with an "
+        "answer",
     ),
     (
         "update/*",

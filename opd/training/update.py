@@ -7,6 +7,7 @@ steps.
 Shapes: B responses of this rank, T response positions.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -241,6 +242,10 @@ def update_student(
         norm, applied = optimizer.step(rate, config.optimizer.max_grad_norm)
         if weights_before is not None:
             checks |= columns_after_step(optimizer, weights_before, applied)
+            if config.objective.objective == "reward_only":
+                # without a gradient where no response is better than the others to its prompt
+                reached = checks["update/reached_share"]
+                checks["update/reached_share"] = torch.where(norm > 0, reached, math.nan)
             checks |= {
                 "update/leftover_gradient": leftover_gradient,
                 "update/lost_gradient": lost_gradient,

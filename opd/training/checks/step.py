@@ -148,16 +148,17 @@ def grader_check_columns(
 
     Args:
         answers: Reference answers of this rank.
-        reward: (B,) rewards; NaN if a response was not graded.
+        reward: (B,) rewards; NaN if a response was not graded, as without an answer.
         grade: Maps texts of responses and a reference answer to rewards, as the step does.
 
     Returns:
         Columns of the row. grader_constant: 1 if all responses have the same reward and the grader
-        gives it to correct and empty responses alike, otherwise 0. grader_missing: share of
-        responses without a reward.
+        gives it to correct and empty responses alike, otherwise 0. grader_missing: share without
+        a reward of the responses to problems with an answer; 0 if there are none.
     """
-    is_missing = reward.isnan()
-    columns = {"consistency/grader_missing": is_missing.double().mean()}
+    has_answer = torch.tensor([bool(text.strip()) for text in answers], device=reward.device)
+    num_missing = (reward.isnan() & has_answer).double().sum()
+    columns = {"consistency/grader_missing": num_missing / has_answer.sum().clamp(min=1)}
     answer = GYM_PROBLEM.sub("", answers[0]) if answers else ""
     constant = torch.zeros_like(columns["consistency/grader_missing"])
     if answer.strip():

@@ -119,6 +119,12 @@ def test_a_constant_grader_is_seen_where_all_rewards_are_its_own(reward: float) 
     assert float(unanswered["consistency/grader_constant"]) == 0, "nothing to be right about"
     partly_graded = grader_check_columns(["5"] * 4, torch.tensor([0.0, math.nan, 0.0, 0.0]), grade)
     assert float(partly_graded["consistency/grader_missing"]) == 0.25
+    some_answers = ["5", "5", " ", ""]
+    without_rewards = torch.tensor([0.0, math.nan, math.nan, math.nan])
+    graded_where_possible = grader_check_columns(some_answers, without_rewards, grade)
+    assert float(graded_where_possible["consistency/grader_missing"]) == 0.5
+    ungraded = grader_check_columns([""] * 4, torch.full((4,), math.nan), grade)
+    assert float(ungraded["consistency/grader_missing"]) == 0, "nothing that could be graded"
     assert grade_exact("5", "5").reward == 1
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diagnostics.alarms.alarms import replay
 from diagnostics.batch import DATASET, STUDENT, TEACHER, ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.missing import missing_fields
@@ -132,6 +133,18 @@ def test_the_reward_alone_needs_no_teacher(tiny_pair, tmp_path: Path) -> None:
     assert row["consistency/loss_error"] == 0
     assert row["consistency/sampler_log_ratio_square"] < 1e-9, "the student's own are still tested"
     assert missing_fields(batch).keys() == {"teacher_logp"}
+    assert row["update/reached_share"] > 0.2
+
+
+def test_equal_rewards_are_no_fault_of_the_gradient(tiny_pair, tmp_path: Path) -> None:
+    changes = {**ONE_STEP, "steps": 3, "teacher": "none", "grader": "exact"}
+    config = settings(
+        tiny_pair, tmp_path / "run", **changes, objective="reward_only", reward_weight=1.0
+    )
+    steps = rows(train(config).folder)
+    assert [(row["response/reward"], row["grad_norm"]) for row in steps] == [(0, 0)] * 3
+    assert [row["update/reached_share"] for row in steps] == [None] * 3
+    assert "gradient_partial" not in {alarm.rule.name for alarm in replay(steps)}
 
 
 def test_the_teacher_writes_what_it_is_scored_for(
