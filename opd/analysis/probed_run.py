@@ -41,8 +41,8 @@ def read_probed_config(run: Path, trust_remote_code: bool) -> Config:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; probes support one teacher")
     if not teacher_type(config.teacher).is_separate:
         raise InvalidInput(
-            f"teacher is {config.teacher!r}, which is derived from the student or remote; probes "
-            "need a separate local teacher"
+            f"teacher is {config.teacher!r}, but probes need a teacher with weights of its own in "
+            "this process; probe a run whose teacher is a model"
         )
     return config
 

@@ -91,7 +91,8 @@ def source_columns(config: Config) -> Columns:
     if not config.view.teacher_view:
         return columns
     template = load_view_template(config.view.teacher_view)
-    return replace(columns, kept=template.columns, kept_where_present=("solution",))
+    optional = ("solution", *sorted(template.function_names))
+    return replace(columns, kept=template.columns, kept_where_present=optional)
 
 
 def view_files(config: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diagnostics.errors import InvalidInput, MissingFile
@@ -33,6 +33,9 @@ class ViewTemplate:
     """Names of the values that it uses."""
     compiled: Template
     """The template."""
+    function_names: frozenset[str] = frozenset()
+    """Names of Jinja's own functions, such as range, that it shows and does not call: columns of
+    the data that have the same names."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -87,13 +90,17 @@ def compile_view_template(text: str, path: str) -> ViewTemplate:
         raise InvalidInput(f"teacher_view {path} is empty; give the text of a template")
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
     try:
-        names = meta.find_undeclared_variables(environment.parse(text))
+        tree = environment.parse(text)
+        names = meta.find_undeclared_variables(tree)
         compiled = environment.from_string(text)
     except TemplateSyntaxError as error:
         raise InvalidInput(
             f"teacher_view {path}, line {error.lineno}: {error.message}; correct the template"
         ) from error
-    return ViewTemplate(path, frozenset(names - environment.globals.keys()), compiled)
+    called = {id(call.node) for call in tree.find_all(nodes.Call)}
+    shown = {name.name for name in tree.find_all(nodes.Name) if id(name) not in called}
+    function_names = frozenset(shown & environment.globals.keys())
+    return ViewTemplate(path, frozenset(names), compiled, function_names)
 
 
 def render_view(template: ViewTemplate, values: Mapping[str, Any]) -> str:

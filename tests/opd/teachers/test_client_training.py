@@ -231,9 +231,9 @@ def test_commands_that_need_weights_say_so(
         run = train(
             remote_config(tiny_pair, tmp_path / "run", url, **(SHORT | {"steps": 1}))
         ).folder
-        with pytest.raises(ValueError, match="derived from the student or remote"):
+        with pytest.raises(ValueError, match="weights of its own in this process"):
             probe_own_prefix(run)
-        with pytest.raises(ValueError, match="derived from the student or remote"):
+        with pytest.raises(ValueError, match="weights of its own in this process"):
             probe_continuation(run, [0], 2)
         with pytest.raises(ValueError, match="is a server, which provides neither weights"):
             load_model(url, "cpu", "float32")

@@ -59,6 +59,16 @@ def test_columns_of_a_row_and_worked_solutions_are_shown() -> None:
         parse_problems(rows, "rows", Columns(prompt="question", kept=("hint",)), "", ())
 
 
+def test_a_column_with_the_name_of_a_function_of_jinja_is_shown() -> None:
+    template = compile_view_template("{{ range }}{% for i in dict(a=1) %}{{ i }}{% endfor %}", "v")
+    assert template.columns == ()
+    assert template.function_names == {"range"}
+    rows = [{"prompt": f"{i}+1", "answer": "1", "range": f"up to {i}"} for i in range(2)]
+    columns = Columns(kept_where_present=tuple(sorted(template.function_names)))
+    problems = parse_problems(rows, "rows", columns, "", ())
+    assert teacher_problem(TeacherView(template=template), problems[1]).prompt == "up to 1a"
+
+
 def test_system_message_thinking_and_chat_template_are_the_teachers() -> None:
     template = (
         "{{ eos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
