@@ -190,6 +190,7 @@ def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
     tasks = list(dict.fromkeys(row.get("task", "") for row in run.rows)) or [""]
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
     code, prefixes = run.code.strip(), recorded_prefixes(run.config)
+    objective = str(run.config.get("objective", ""))
     return {
         "name": run.folder.name,
         "folder": str(run.folder.path),
@@ -198,14 +199,14 @@ def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
         "seconds": round(seconds, 1),
         "evals": [evaluation_entry(row) for row in run.evals],
-        "verdict": verdict(run.rows, run.evals, prefixes),
+        "verdict": verdict(run.rows, run.evals, prefixes, objective),
         "notes": list(run.notes),
         "tasks": [
             task_page_data(
                 task,
                 [row for row in run.rows if row.get("task", "") == task],
                 runs,
-                rules_of(prefixes),
+                rules_of(prefixes, objective),
             )
             for task in tasks
         ],

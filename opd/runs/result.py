@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from diagnostics.alarms.alarms import Alarms
+from diagnostics.alarms.rule import AlarmRule
 from diagnostics.records.rows import Row
 from diagnostics.records.run_folder import RunFolder
 from diagnostics.stats import (
@@ -22,7 +23,7 @@ from diagnostics.stats import (
     unpaired_interval,
 )
 from opd.config.prefixes import ON_POLICY, Prefixes
-from opd.runs.alarm_rules import recorded_prefixes, rules_of
+from opd.runs.alarm_rules import TEACHER_FREE, recorded_prefixes, rules_of
 
 MIN_PROBLEMS = 16
 """Smallest number of held-out problems for a conclusion about accuracy."""
@@ -68,11 +69,16 @@ class Change:
 
 def run_verdict(run: RunFolder) -> dict[str, Any]:
     """Judge a run by its record; see `verdict`."""
-    return verdict(run.rows(), run.evaluations({}), recorded_prefixes(run.settings()))
+    settings = run.settings()
+    objective = str(settings.get("objective", ""))
+    return verdict(run.rows(), run.evaluations({}), recorded_prefixes(settings), objective)
 
 
 def verdict(
-    rows: Sequence[Row], evaluations: Sequence[Row], prefixes: Prefixes = ON_POLICY
+    rows: Sequence[Row],
+    evaluations: Sequence[Row],
+    prefixes: Prefixes = ON_POLICY,
+    objective: str = "",
 ) -> dict[str, Any]:
     """Judge a run by its rows and evaluations.
 
@@ -80,6 +86,7 @@ def verdict(
         rows: Rows of the run.
         evaluations: Rows of evals.jsonl.
         prefixes: Who wrote the responses.
+        objective: Name of the objective; "" if it is not known.
 
     Returns:
         `state`, `text`, `changes` and `alarms`. The state is "good" if there is an improvement, no
@@ -92,10 +99,12 @@ def verdict(
         for task in tasks
         for change in (
             accuracy_change([row for row in evaluations if row.get("task", "") == task], task),
-            divergence_change([row for row in rows if row.get("task", "") == task], task, prefixes),
+            divergence_change(
+                [row for row in rows if row.get("task", "") == task], task, prefixes, objective
+            ),
         )
     ]
-    alarms = active_alarms(rows, prefixes)
+    alarms = active_alarms(rows, rules_of(prefixes, objective))
     outcomes = {change.shown for change in changes}
     state = "bad" if alarms or WORSE in outcomes else "good" if BETTER in outcomes else "open"
     return {
@@ -106,11 +115,11 @@ def verdict(
     }
 
 
-def active_alarms(rows: Sequence[Row], prefixes: Prefixes) -> list[str]:
+def active_alarms(rows: Sequence[Row], rules: Sequence[AlarmRule]) -> list[str]:
     """Return the alarms that are active after the last row, monitoring each task separately."""
     alarms_by_task: dict[str, Alarms] = {}
     for row in rows:
-        alarms_by_task.setdefault(row.get("task", ""), Alarms(rules_of(prefixes))).update(row)
+        alarms_by_task.setdefault(row.get("task", ""), Alarms(rules)).update(row)
     return sorted({name for alarms in alarms_by_task.values() for name in alarms.active})
 
 
@@ -169,19 +178,21 @@ def accuracy_change(evaluations: Sequence[Row], task: str = "") -> Change:
 
 
 def divergence_change(
-    rows: Sequence[Row], task: str = "", prefixes: Prefixes = ON_POLICY
+    rows: Sequence[Row], task: str = "", prefixes: Prefixes = ON_POLICY, objective: str = ""
 ) -> Change:
     """Compare the divergence in the first and last steps, with Welch's confidence interval.
 
     Each end has MIN_STEPS steps, or a tenth of all if that is more. A step's value is the mean over
     its tokens and is weighted by their number; steps are the sampling unit, each with its own
     prompts. Not measured are the sampled cost on responses that others wrote, where it is no
-    divergence, and any change while the share of the student's own responses changes.
+    divergence, and any change while the share of the student's own responses changes. An objective
+    without a teacher minimises no divergence, and a change of it is neither better nor worse.
 
     Args:
         rows: Rows of one task.
         task: Name of the task.
         prefixes: Who wrote the responses.
+        objective: Name of the objective.
 
     Returns:
         The change.
@@ -208,6 +219,8 @@ def divergence_change(
             low, high = last_mean - first_mean - half_width, last_mean - first_mean + half_width
             outcome = INCONCLUSIVE if low <= 0 <= high else BETTER if high < 0 else WORSE
             basis = f"first and last {size} steps, nats per token"
+            if objective in TEACHER_FREE:
+                outcome, basis = INCONCLUSIVE, f"{basis}; {objective} does not minimise it"
             return Change(
                 name, task, first_mean, last_mean, last_mean - first_mean, low, high, outcome, basis
             )

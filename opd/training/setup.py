@@ -144,7 +144,7 @@ def make_task_states(
             extra_metrics = {**extra_metrics, "staleness": staleness}
         extra_metrics = {**extra_metrics, **metrics_by_origin(prefixes)}
         try_metrics(user_metrics, {**PANEL, **extra_metrics}, config.objective.support_k)
-        alarms = Alarms(rules_of(prefixes))
+        alarms = Alarms(rules_of(prefixes, config.objective.objective))
         for row in history:
             if mixed or row.get("task", "") == name:
                 alarms.update(row)  # an alarm that was active before the resume stays active

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta, nodes
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diagnostics.errors import InvalidInput, MissingFile
@@ -118,6 +118,12 @@ def render_view(template: ViewTemplate, values: Mapping[str, Any]) -> str:
     """
     try:
         text = template.compiled.render(values)
+    except UndefinedError as error:
+        raise InvalidInput(
+            f"teacher_view {template.path} fails: {error.message}; here it may use "
+            f"{', '.join(sorted(values))}. A row without a value, such as null, has no such name: "
+            "fill it in, or ask with `is defined`"
+        ) from error
     except Exception as error:  # a template is a program and can raise anything
         raise InvalidInput(
             f"teacher_view {template.path} fails with {type(error).__name__}: {error}; here it may "

@@ -13,8 +13,11 @@ from diagnostics.stats import gain_interval, problem_accuracies, unpaired_interv
 from opd.cli.train import main as train_command
 from opd.cli.train import parse_arguments
 from opd.config.prefixes import parse_prefixes
+from opd.objectives.catalogue import CONTROLS
+from opd.objectives.factory import make_objective
 from opd.report.run_data import read_run, run_page_data
 from opd.runs import result
+from opd.runs.alarm_rules import TEACHER_FREE
 from opd.runs.result import BETTER, INCONCLUSIVE, WORSE, accuracy_change, divergence_change
 
 
@@ -147,6 +150,18 @@ def test_steps_with_different_shares_of_own_responses_show_no_trend() -> None:
     judgement = result.verdict(rows, [], parse_prefixes("mixed:0-1"))
     assert (judgement["state"], judgement["alarms"]) == ("open", [])
     assert "different shares" in judgement["changes"][1]["sentence"]
+
+
+@pytest.mark.parametrize("objective", ["sampled_token", "full_jsd", *TEACHER_FREE])
+def test_an_objective_without_a_teacher_minimises_no_divergence(objective: str) -> None:
+    rows = falling(0.2, 0.2) + [row | {"step": row["step"] + 20} for row in falling(2, 2)]
+    judgement = result.verdict(rows, [], objective=objective)
+    reads_teacher = make_objective(objective, reward_weight=1.0).requirements.teacher
+    assert judgement["state"] == ("bad" if reads_teacher else "open")
+    assert bool(judgement["alarms"]) == reads_teacher
+    assert judgement["changes"][1]["change"] == pytest.approx(1.8, abs=0.1)
+    assert ("does not minimise it" in judgement["changes"][1]["basis"]) != reads_teacher
+    assert set(TEACHER_FREE) == CONTROLS.keys()
 
 
 def test_steps_count_by_their_tokens() -> None:
