@@ -133,13 +133,15 @@ def detached_objective(_: Config) -> Objective:
     return replace(objective, local=replace(objective.local, surrogate=surrogate))
 
 
-MakePairs = Callable[[list[Config], ModelObjects], list[ModelPair]]
+MakePairs = Callable[[list[Config], ModelObjects, int], list[ModelPair]]
 """Takes the place of `opd.teachers.factory.make_pairs`."""
 
 
-def with_shifted_ids(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
+def with_shifted_ids(
+    settings: list[Config], objects: ModelObjects, num_chosen: int
+) -> list[ModelPair]:
     """Return a teacher with another tokenizer of the same size: its ids are one higher."""
-    pairs = make_pairs(settings, objects)
+    pairs = make_pairs(settings, objects, num_chosen)
     weight = pairs[0].teacher.model.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
     return pairs
@@ -148,8 +150,10 @@ def with_shifted_ids(settings: list[Config], objects: ModelObjects) -> list[Mode
 def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> MakePairs:
     """Return a factory of pairs whose teacher has `ids` and `other_ids` swapped."""
 
-    def make_swapped_pairs(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
-        pairs = make_pairs(settings, objects)
+    def make_swapped_pairs(
+        settings: list[Config], objects: ModelObjects, num_chosen: int
+    ) -> list[ModelPair]:
+        pairs = make_pairs(settings, objects, num_chosen)
         weight = pairs[0].teacher.model.network.lm_head.weight
         weight.data[torch.cat([ids, other_ids])] = weight.data[torch.cat([other_ids, ids])]
         return pairs
@@ -157,12 +161,16 @@ def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> MakePairs:
     return make_swapped_pairs
 
 
-def with_other_eos(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
+def with_other_eos(
+    settings: list[Config], objects: ModelObjects, num_chosen: int
+) -> list[ModelPair]:
     """Return a teacher with other EOS ids than the student; generation stops at all of them."""
-    return with_swapped_ids(torch.arange(10), torch.arange(10, 20))(settings, objects)
+    return with_swapped_ids(torch.arange(10), torch.arange(10, 20))(settings, objects, num_chosen)
 
 
-def with_other_tag(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
+def with_other_tag(
+    settings: list[Config], objects: ModelObjects, num_chosen: int
+) -> list[ModelPair]:
     """Return a teacher with other ids for the three tokens most often predicted confidently."""
     pair = make_pair(settings[0])
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +183,7 @@ def with_other_tag(settings: list[Config], objects: ModelObjects) -> list[ModelP
     rare = p.mean((0, 1))
     rare[:20] = 1.0
     return with_swapped_ids(count.topk(3).indices, rare.topk(3, largest=False).indices)(
-        settings, objects
+        settings, objects, num_chosen
     )
 
 

@@ -26,8 +26,10 @@ from opd.training import train
 def change_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
     """Replace the pairs by those that `change` modified in place or returned."""
 
-    def make_changed_pairs(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
-        return [change(pair) or pair for pair in make_pairs(settings, objects)]
+    def make_changed_pairs(
+        settings: list[Config], objects: ModelObjects, num_chosen: int
+    ) -> list[ModelPair]:
+        return [change(pair) or pair for pair in make_pairs(settings, objects, num_chosen)]
 
     return patch.object(train, "make_pairs", make_changed_pairs)
 

@@ -25,7 +25,7 @@ from tests.opd.rollouts.reference_sampling import (
     assert_matches_forward_pass,
     seeded,
 )
-from tests.opd.training.test_distributed import run_in_two
+from tests.opd.training.test_distributed import two_ranks
 from tests.opd.training.test_prefetch import SERVER_SETTINGS
 
 pytestmark = pytest.mark.vllm
@@ -152,7 +152,9 @@ def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
     config = settings(pair, tmp_path / "one", rollout_servers=(url,), **options)
     two = with_settings(config, out=str(tmp_path / "two"), sharding="full")
     train(config)
-    run_in_two(tmp_path, [two])
+    with two_ranks(tmp_path, [two]) as process:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
     for actual_row, expected_row in zip(
         rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True
     ):

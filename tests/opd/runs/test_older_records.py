@@ -26,7 +26,7 @@ from opd.data.chain_task import Problem
 from opd.envs.task import environment_factory
 from opd.evaluation.evaluate import problem_fingerprint
 from opd.experiments.paper import main as paper
-from opd.lab.build import build
+from opd.lab.build import build, recorded_settings
 from opd.lab.configs import household_config
 from opd.report.build import report_data
 from opd.training.train import train
@@ -228,7 +228,7 @@ def test_games_keep_the_fingerprint_of_their_former_name() -> None:
 
 
 def test_toy_models_of_a_former_kind_are_reused(tmp_path: Path) -> None:
-    settings_before = json.dumps(dataclasses.asdict(household_config()))
+    settings_before = json.dumps(recorded_settings(household_config()))
     former = json.loads(settings_before.replace('"household"', '"rooms"'))
     assert former["student"]["tasks"] == ["rooms", "rooms", "sort"]
     (tmp_path / "lab.json").write_text(json.dumps({"settings": former}))

@@ -25,7 +25,8 @@ from opd.serving import json_endpoint
 from opd.serving.api_keys import key_pattern
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import select_model
-from opd.teachers.client import check_same_text
+from opd.teachers.connection import check_same_text
+from opd.teachers.server_kinds import VLLM
 from opd.training.train import train
 from tests.helpers.runs import settings
 
@@ -394,4 +395,4 @@ def test_another_kind_of_server_is_said_when_it_is_asked_for_text(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair[0])
     with raw_server(reply_with(body, status)) as url, pytest.raises(InvalidInput, match=message):
-        check_same_text(JsonEndpoint(f"{url}/v1", timeout=9.0), "m", tokenizer)
+        check_same_text(JsonEndpoint(url, timeout=9.0), VLLM, "m", tokenizer)

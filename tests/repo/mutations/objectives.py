@@ -29,12 +29,12 @@ CREDIT = {
         "return teacher_logp - student_logp",
     ),
     "ratio upside down": (
-        "(batch.student_logp - batch.sampler_logp).detach().exp()",
-        "(batch.sampler_logp - batch.student_logp).detach().exp()",
+        "return (batch.student_logp - batch.sampler_logp).detach()",
+        "return (batch.sampler_logp - batch.student_logp).detach()",
     ),
     "sequence ratio of the supervised tokens": (
-        "batch.sampler_logp).detach() * batch.sampled",
-        "batch.sampler_logp).detach() * batch.mask",
+        "sampler_log_ratio(batch) * batch.sampled",
+        "sampler_log_ratio(batch) * batch.mask",
     ),
     "the own reward is in its baseline": (
         "(group_totals(reward, group) - reward)",
@@ -151,7 +151,7 @@ SURROGATES = {
     ),
     "k3 backwards": ("torch.expm1(-r) + r", "torch.expm1(r) - r"),
     "live teacher of k2": (
-        "log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach()).square()",
+        "log_ratio(sampled_logp(inputs), teacher_sampled_logp(inputs)).square()",
         "log_ratio(sampled_logp(inputs), inputs.teacher_logp).square()",
     ),
 }
