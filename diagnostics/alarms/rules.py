@@ -166,8 +166,8 @@ RULES: tuple[AlarmRule, ...] = (
         null="1e-6 in float32, 1e-3 in bfloat16",
         high=1e-2,
         means="the sampler's log-probabilities are not those of the scored student",
-        remedy="sync the sampler's weights every step (lower rollout_lag); compare its temperature "
-        "and precision",
+        remedy="sync the sampler's weights every step (lower rollout_lag, or the age of replay); "
+        "compare its temperature and precision",
     ),
     AlarmRule(
         name="dead_gradient",

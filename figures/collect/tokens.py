@@ -46,14 +46,15 @@ def load_scored_batch(path: Path) -> ScoredRollouts:
     return batch
 
 
-def token_table(runs: list[Path], step: int, *, unsupervised: bool = False) -> pd.DataFrame:
+def token_table(runs: list[Path], step: int, *, sampled_now: bool = False) -> pd.DataFrame:
     """Build a table of the supervised tokens in the batches that runs saved at one step.
 
     Args:
         runs: Run folders.
         step: A step whose batch every run saved.
-        unsupervised: Include sampled tokens that are masked out of the loss, which a test of
-            sampling needs.
+        sampled_now: Take the tokens that the student sampled with its weights of the step instead,
+            also those that are masked out of the loss, which a test of sampling needs; not those
+            of other writers or of older weights.
 
     Returns:
         A table with one row a token and the columns cluster (int, one a run and prompt: the
@@ -66,7 +67,8 @@ def token_table(runs: list[Path], step: int, *, unsupervised: bool = False) -> p
     for run in runs:
         batch = load_scored_batch(RunFolder(run).batch_path(step))
         assert batch.prefix is not None  # load_scored_batch checks it
-        mask = batch.sampled if unsupervised else batch.mask
+        fresh = batch.own_tokens & (batch.age == 0)[:, None]
+        mask = fresh if sampled_now else batch.mask
         response, position = mask.nonzero(as_tuple=True)
         prompt = np.unique(batch.prompt.numpy(), return_inverse=True)[1]
         energy = (batch.log_ratio.double() * score_norm(batch).double()).square()

@@ -132,7 +132,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
     Returns:
         A table with COLUMNS.
+
+    Raises:
+        InvalidInput: The runs saved no token that their student had just sampled.
     """
+    from diagnostics.errors import InvalidInput
     from diagnostics.records.rows import position_bin_values
     from diagnostics.records.run_folder import RunFolder
     from diagnostics.records.run_groups import common_saved_steps, group_by_method
@@ -151,7 +155,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                     )
         for step in common_saved_steps(method_runs):
             for run in method_runs:
-                data = token_table([run], step, unsupervised=True)
+                data = token_table([run], step, sampled_now=True)
                 for kind, (value, variance) in z_by_kind(data).items():
                     keys = {"label": kind, "order": KINDS.index(kind), "step": step}
                     keys |= {
@@ -159,6 +163,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                         "variance": round_significant(variance),
                     }
                     records.append(labels | {"panel": "kind", **keys})
+    if not records:
+        raise InvalidInput(
+            f"the students of {', '.join(map(str, runs))} sampled none of the responses that were "
+            "saved (prefixes dataset or teacher, or replay); give runs whose students did"
+        )
     return pd.DataFrame(records, columns=list(COLUMNS))
 
 

@@ -292,7 +292,8 @@ def grade_with_user_function(name: str, response: str, answer: str) -> Grade:
     if "error" in result:
         raise OperationFailed(
             f"the grader {name} failed with {result['error']} for the answer {answer[:60]!r} and a "
-            f"response that begins {response[:60]!r}; it must return a finite number for any text"
+            f"response that begins {response[:60]!r}; it must return a finite number for any text, "
+            "or such a number and a text of feedback"
         )
     text = text_after_thinking(response)
     response_answer = extract_answer(text)

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from diagnostics.batch import DATASET
+from diagnostics.errors import InvalidInput
 from diagnostics.records import rows
+from diagnostics.records.run_folder import RunFolder
 from diagnostics.records.run_groups import common_saved_steps, group_by_method
 from diagnostics.records.vocabulary import load_run_vocabulary
 from figures.collect.tokens import token_table
@@ -48,6 +52,30 @@ def test_the_sampler_check_tells_a_nucleus(saved_runs: list[Path]) -> None:
     halves = [sampler.z_by_kind(data[data["response"] % 2 == i])["all"] for i in (0, 1)]
     z, variance = (np.array(x) for x in zip(*halves, strict=True))
     assert sampler.combine_z(z, variance) == pytest.approx(results["all"][0])
+
+
+def test_the_sampler_is_checked_on_what_the_student_has_just_sampled(tmp_path: Path) -> None:
+    batch = make_dense_batch(seed=3, gap=1.5, sharpness=3.0).batch
+    rows_of_student = [i for i in range(len(batch)) if i % 3 == 0]
+    origin = torch.tensor([i % 3 if i % 3 < 2 else 0 for i in range(len(batch))])
+    age = torch.tensor([int(i % 3 == 2) for i in range(len(batch))])
+    runs = []
+    for name, written in (
+        ("mixed", batch.with_fields(origin=origin, age=age)),
+        ("own", batch.rows(torch.tensor(rows_of_student))),
+        ("given", batch.with_fields(origin=torch.full((len(batch),), DATASET))),
+    ):
+        run = tmp_path / name
+        (run / "batches").mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"seed": 0, "student": "s", "teacher": "t"}))
+        written.save(RunFolder(run).batch_path(0))
+        rows.append_row(run / "rows.jsonl", {"step": 0})
+        runs.append(run)
+    mixed, own = (token_table([run], 0, sampled_now=True) for run in runs[:2])
+    assert sampler.z_by_kind(mixed) == sampler.z_by_kind(own)
+    assert sampler.z_by_kind(mixed) != sampler.z_by_kind(token_table(runs[:1], 0))
+    with pytest.raises(InvalidInput, match="sampled none of the responses"):
+        sampler.collect(runs[2:])
 
 
 def outcome_row(step: int, reward: float, truncated: float, entropy: float) -> dict:
