@@ -58,16 +58,21 @@ def given_rollouts(
     )
 
 
-def join_rollouts(parts: Sequence[tuple[int, list[int], Rollouts]]) -> Rollouts:
+def join_rollouts(
+    parts: Sequence[tuple[int, list[int], Rollouts]], *, top_p: float, with_softmax: bool
+) -> Rollouts:
     """Put the responses of several writers in the order of their rows.
 
     Args:
         parts: The writer (an index of `diagnostics.batch.ORIGINS`), the row numbers, which are
             together 0 to B - 1, and the rollouts of these rows.
+        top_p: Nucleus mass of student and teacher, also where this process has rows of a dataset
+            only.
+        with_softmax: Whether every sampler gives `softmax_logp`; without, there is none.
 
     Returns:
         B rollouts with their `origin`, whoever has rows in this process with the same fields:
-        `sampler_logp` is 0 in rows of a dataset, and there is no `softmax_logp`.
+        `sampler_logp` and `softmax_logp` are 0 in rows of a dataset.
     """
     width = max(rollouts.tokens.shape[1] for _, _, rollouts in parts)
     device = parts[0][2].tokens.device
@@ -80,10 +85,17 @@ def join_rollouts(parts: Sequence[tuple[int, list[int], Rollouts]]) -> Rollouts:
         ]
         return torch.cat([x.to(device) for x in padded])[order]
 
+    def is_sampled(rollouts: Rollouts) -> bool:
+        return "sampler_logp" not in missing_fields(rollouts)
+
     def sampler_logp(rollouts: Rollouts) -> Tensor:
-        if "sampler_logp" in missing_fields(rollouts):
+        return rollouts.sampler_logp if is_sampled(rollouts) else torch.zeros(rollouts.tokens.shape)
+
+    def softmax_logp(rollouts: Rollouts) -> Tensor:
+        if not is_sampled(rollouts):
             return torch.zeros(rollouts.tokens.shape)
-        return rollouts.sampler_logp
+        assert rollouts.softmax_logp is not None
+        return rollouts.softmax_logp
 
     first = parts[0][2]
     batches = [rollouts for _, _, rollouts in parts]
@@ -91,9 +103,10 @@ def join_rollouts(parts: Sequence[tuple[int, list[int], Rollouts]]) -> Rollouts:
         tokens=join([x.tokens for x in batches]),
         mask=join([x.mask for x in batches]),
         sampler_logp=join([sampler_logp(x) for x in batches]),
+        softmax_logp=join([softmax_logp(x) for x in batches]) if with_softmax else None,
         prompt=join([x.prompt for x in batches]),
         ended=join([x.ended for x in batches]),
         temperature=first.temperature,
-        top_p=first.top_p,
+        top_p=top_p,
         origin=join([torch.full((len(rows),), writer) for writer, rows, _ in parts]),
     )

@@ -110,7 +110,9 @@ def draw_responses(
         parts.append((writer, rows, rollouts))
     if prefixes.partner and prefixes.has_own:
         # also where this process has the rows of one writer, so that all have the same fields
-        return join_rollouts(parts)
+        # at top_p 1 sampler_logp is that of the whole softmax, and vLLM does not know it below 1
+        has_softmax = config.rollout.engine == "hf" and top_p < 1
+        return join_rollouts(parts, top_p=top_p, with_softmax=has_softmax)
     ((writer, _, rollouts),) = parts
     if writer == TEACHER:
         return rollouts.with_fields(origin=torch.full_like(rollouts.prompt, TEACHER))

@@ -39,7 +39,7 @@ def sampled(tokens: list[list[int]], logp: float, index: list[int]) -> Rollouts:
         tokens=ids,
         mask=ids > 0,
         sampler_logp=logp * (ids > 0),
-        softmax_logp=logp * (ids > 0),
+        softmax_logp=2 * logp * (ids > 0),
         prompt=torch.tensor(index),
         ended=torch.tensor([True] * len(index)),
         temperature=0.7,
@@ -53,14 +53,21 @@ def test_rows_of_several_writers_keep_their_places() -> None:
         (TEACHER, [2, 0], sampled([[2, 3], [4, 5]], -2.0, [6, 7])),
         (DATASET, [1], given([[6, 7, 8, 0]], [8])),
     ]
-    joined = join_rollouts(parts)
+    joined = join_rollouts(parts, top_p=0.9, with_softmax=True)
     assert joined.tokens.tolist() == [[4, 5, 0], [6, 7, 8], [2, 3, 0], [1, 0, 0]]
     assert joined.sampler_logp.tolist() == [[-2, -2, 0], [0] * 3, [-2, -2, 0], [-1, 0, 0]]
     assert joined.prompt.tolist() == [7, 8, 6, 5]
     assert joined.ended.tolist() == [True, False, True, True]
     assert joined.origin is not None
     assert joined.origin.tolist() == [TEACHER, DATASET, TEACHER, STUDENT]
-    assert joined.softmax_logp is None
+    assert joined.softmax_logp is not None
+    assert joined.softmax_logp.tolist() == [[-4, -4, 0], [0] * 3, [-4, -4, 0], [-2, 0, 0]]
+    given_only = [(DATASET, [0], given([[6, 0]], [8]))]
+    for with_softmax in (True, False):
+        of_dataset = join_rollouts(given_only, top_p=0.9, with_softmax=with_softmax)
+        sampled_too = join_rollouts(parts, top_p=0.9, with_softmax=with_softmax)
+        assert (of_dataset.softmax_logp is None) == (sampled_too.softmax_logp is None)
+        assert of_dataset.top_p == sampled_too.top_p == 0.9
     assert (joined.temperature, joined.top_p) == (0.7, 0.9)
     assert joined.own_tokens.tolist() == [[False] * 3] * 3 + [[True, False, False]]
     joined.validate()

@@ -209,6 +209,19 @@ def test_mixed_responses_are_reported_by_their_writer(tiny_pair, tmp_path: Path)
     assert "consistency/z_H" in row
 
 
+@pytest.mark.parametrize("text", ["mixed:0.5", "mixed:0.5:dataset"])
+def test_a_nucleus_is_no_stale_sampler(tiny_pair, tmp_path: Path, text: str) -> None:
+    changes = {**ONE_STEP, "top_p": 0.5, "prefixes": text, "objective": "full_jsd"}
+    folder = train(settings(tiny_pair, tmp_path / "run", **changes)).folder
+    row, batch = rows(folder)[0], saved_batch(folder)
+    own_tokens = batch.own_tokens & batch.mask
+    assert own_tokens.any()
+    in_nucleus = (batch.sampler_logp - batch.student_logp)[own_tokens]
+    assert float(in_nucleus.min()) > 0.1, "the sampler's own softmax is that of the nucleus"
+    assert row["consistency/sampler_log_ratio_square"] < 1e-9
+    assert row["consistency/sampler_error"] == 0
+
+
 def test_a_prompt_may_have_several_given_responses(tiny_pair, tmp_path: Path) -> None:
     """Each is a row of its own, in the column that the setting names, and none is an alarm."""
     texts = ["<think>1</think>2", "<think>3</think>4"]
