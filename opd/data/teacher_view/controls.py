@@ -85,7 +85,8 @@ def control_values(
     changed = {name: value for name, value in values.items() if name not in control.statement}
     if control.kind == "other_problem":
         replacement = problem_values(other_problem(control, problem))
-        changed = {name: value for name, value in replacement.items() if name in changed}
+        # also what this problem lacks, so that as many rows show a value as without the control
+        changed = {x: value for x, value in replacement.items() if x not in control.statement}
     elif control.kind == "empty":
         changed = {name: empty_value(value) for name, value in changed.items()}
     else:

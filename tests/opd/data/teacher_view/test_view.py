@@ -69,6 +69,18 @@ def test_a_column_with_the_name_of_a_function_of_jinja_is_shown() -> None:
     assert teacher_problem(TeacherView(template=template), problems[1]).prompt == "up to 1a"
 
 
+def test_another_problems_value_is_shown_where_a_row_lacks_its_own() -> None:
+    problems = [Problem(f"{i}+1", str(i + 1), f"s{i}" if i < 2 else "") for i in range(5)]
+    control = ViewControl(kind="other_problem", successors=pair_problems(problems, 0))
+    text = "{% if solution is defined %}{{ solution }}{% else %}none{% endif %}"
+    shown = Counter(view_of_problem(text, x, control) for x in problems)
+    assert shown == {"s0": 1, "s1": 1, "none": 3}, "as without the control"
+
+
+def view_of_problem(text: str, problem: Problem, control: ViewControl) -> str:
+    return teacher_problem(make_view(text, control=control), problem).prompt
+
+
 def test_system_message_thinking_and_chat_template_are_the_teachers() -> None:
     template = (
         "{{ eos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
