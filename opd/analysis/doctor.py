@@ -38,7 +38,8 @@ def check_tasks(
             task=task_settings.task,
             max_response=min(length, task_settings.max_response or length),
             columns=Columns(
-                task_settings.prompt_column or "prompt", task_settings.answer_column or "answer"
+                prompt=task_settings.prompt_column or "prompt",
+                answer=task_settings.answer_column or "answer",
             ),
             grader=task_settings.grader or "",
             system=task_settings.system or system,

@@ -51,7 +51,7 @@ class DatasetProblem(Problem):
     """Names and values of further columns that were kept (`Columns.kept`)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Columns:
     """Column names of a dataset; a dot selects a nested field: `reward_model.ground_truth`."""
 

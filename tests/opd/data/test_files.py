@@ -210,7 +210,7 @@ def worked_row(i: int) -> dict[str, str]:
 
 def test_worked_solutions_are_compared_by_their_final_answer(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "g.jsonl", [worked_row(i) for i in range(600, 620)])
-    columns = Columns("question", "answer")
+    columns = Columns(prompt="question", answer="answer")
     for grader in ("", "numeric", "math"):
         with pytest.warns(UserWarning, match="worked solution that ends in '#### N'"):
             task = load_task(source, 0, columns=columns, grader=grader)

@@ -107,11 +107,11 @@ def test_columns_are_mapped_and_may_be_nested(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "p.jsonl", rows)
     columns = Columns(prompt="q", answer="reward.truth", task="kind")
     assert read_problems(source, columns) == [DatasetProblem("a", "3.5")] * 2
-    assert read_problems(source, Columns("q", "a.b"))[0].answer == "c", (
+    assert read_problems(source, Columns(prompt="q", answer="a.b"))[0].answer == "c", (
         "an existing column name with a dot is not nested"
     )
     with pytest.raises(ValueError, match=r"rows 0, 1 lacks \['reward.lies'\]"):
-        read_problems(source, Columns("q", "reward.lies"))
+        read_problems(source, Columns(prompt="q", answer="reward.lies"))
 
 
 def test_the_split_depends_on_content_alone(tmp_path: Path) -> None:
