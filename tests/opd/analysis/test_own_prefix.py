@@ -74,7 +74,12 @@ def test_runs_without_a_separate_teacher_are_rejected(run: Path, tmp_path: Path)
     settings = json.loads((run / "config.json").read_text())
     tasks = [{"name": name, "task": "lab"} for name in ("a", "b")]
     for name, changes, error, message in (
-        ("moving", {"teacher": "ema"}, ValueError, "'ema', which is derived from the student"),
+        (
+            "moving",
+            {"teacher": "ema"},
+            ValueError,
+            "'ema', but probes need a teacher with weights of its own",
+        ),
         ("several", {"tasks": tasks}, ValueError, "has 2 tasks"),
         ("unfinished", {}, FileNotFoundError, "finish the run first"),
     ):

@@ -142,7 +142,7 @@ def test_scores_of_a_run_are_those_of_plain_scoring_with_two_prompts(
     ("view", "changes", "message"),
     [
         ("{{ solution }}", {}, "uses solution, which a game does not have; it may use feedback"),
-        ("{{ turns[0].action }}", {}, "fails with UndefinedError"),
+        ("{{ turns[0].action }}", {}, "fails: list object has no element 0; here it may use goal"),
         ("{{ feedback }}", {"view_control": "other_problem"}, "games have no answers or solutions"),
         ("{{ prompt }}", {"teacher": "ema"}, "reads the same prompts, so the divergence is zero"),
         ("{{ prompt }}", {"max_teacher_prompt": 9}, r"has \d+ tokens, but .* allows 9"),
