@@ -31,11 +31,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.remote import proxy, timed
-from opd.data.chain_task import problems
-from opd.data.prompts import encode_prompts
+from benchmarks.remote import proxy, sample_responses, timed
 from opd.models.forward import log_probabilities, response_hidden_states
-from opd.rollouts.hf_engine import sample
 from opd.serving.fan_out import run_all
 from opd.serving.position_logprobs import PositionLogprobs, ScoreQuery, no_chosen_ids
 from opd.teachers.client import TeacherClient
@@ -70,16 +67,7 @@ def make_queries(
     pair: ModelPair, args: argparse.Namespace
 ) -> tuple[list[ScoreQuery], list[Expected]]:
     """Sample responses; return queries at the student's K most probable ids, and their answers."""
-    prompts = encode_prompts(pair.tokenizer, problems("train", args.rows, 0), 1, 512)
-    batch = sample(
-        pair.student,
-        prompts,
-        [pair.student.vocabulary - 1],  # sampled in fewer than one of a hundred responses
-        max_response=args.response,
-        temperature=1.0,
-        top_p=1.0,
-        generator=torch.Generator().manual_seed(0),
-    )
+    prompts, batch = sample_responses(pair, args)
     queries, expected = [], []
     for row in range(len(batch.tokens)):
         part, part_prompts = batch.rows([row]).trim(), prompts.rows([row])

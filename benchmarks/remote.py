@@ -23,8 +23,9 @@ from urllib.parse import urlsplit
 
 import torch
 
+from diagnostics.batch import Rollouts
 from opd.data.chain_task import problems
-from opd.data.prompts import encode_prompts
+from opd.data.prompts import Prompts, encode_prompts
 from opd.objectives.factory import make_objective
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import ScoreRequest, score_batch
@@ -106,10 +107,10 @@ class AnsweredTeacher(ServerTeacher):
         return self.answers
 
 
-def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return throughput, CPU seconds and bytes of each way of scoring."""
+def sample_responses(pair: ModelPair, args: argparse.Namespace) -> tuple[Prompts, Rollouts]:
+    """Sample the responses that are scored; nearly all have the length `args.response`."""
     prompts = encode_prompts(pair.tokenizer, problems("train", args.rows, 0), 1, 512)
-    batch = sample(
+    rollouts = sample(
         pair.student,
         prompts,
         [pair.student.vocabulary - 1],  # sampled in fewer than one of a hundred responses
@@ -118,6 +119,12 @@ def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, fl
         top_p=1.0,
         generator=torch.Generator().manual_seed(0),
     )
+    return prompts, rollouts
+
+
+def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, float]:
+    """Return throughput, CPU seconds and bytes of each way of scoring."""
+    prompts, batch = sample_responses(pair, args)
     tokens = int(batch.mask.sum())
     request = ScoreRequest(
         requirements=make_objective("teacher_topk", support_k=args.k).requirements,

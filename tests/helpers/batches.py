@@ -1,9 +1,10 @@
-"""A scored batch with all optional parts, from random logits."""
+"""A scored batch with all optional parts, and supports of a single prefix, from logits."""
 
 import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
+from opd.objectives.support import JOINT_SUPPORTS
 
 
 def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> ScoredRollouts:
@@ -45,3 +46,29 @@ def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) ->
             **{k: apply_mask(v) for k, v in compute_distribution_stats(p, q, tokens).items()}
         ),
     ).validate()
+
+
+def support_of_every_token(
+    source: str, student_logp: torch.Tensor, teacher_logp: torch.Tensor, k: int
+) -> Support | None:
+    """Return the support of V responses of one token, each another id; None for source "none".
+
+    The log-probabilities are (V,), those after the prefix that the responses share.
+    """
+    if source == "none":
+        return None
+    vocabulary = len(student_logp)
+    lists = {"teacher": teacher_logp.topk(k).indices, "student": student_logp.topk(k).indices}
+    ids, present = torch.arange(vocabulary), None
+    if source in JOINT_SUPPORTS:
+        ids, present = JOINT_SUPPORTS[source](lists["teacher"], lists["student"])
+    elif source in lists:
+        ids = lists[source]
+    ids = ids.expand(vocabulary, 1, -1)
+    return Support(
+        ids=ids,
+        student_logp=student_logp[ids],
+        teacher_logp=teacher_logp[ids],
+        source=source,
+        present=None if present is None else present.expand(vocabulary, 1, -1),
+    )

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts, Support
+from diagnostics.batch import ScoredRollouts
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.objectives import factory
 from opd.objectives.credit import RATIOS
 from opd.objectives.objective import Objective, batch_losses
-from opd.objectives.support import JOINT_SUPPORTS
 from opd.training.validation import validate
+from tests.helpers.batches import support_of_every_token
 
 V, K = 8, 3
 EXACT = 1e-9
@@ -33,27 +33,6 @@ OLD, TEACHER, SAMPLER = (logits(seed).log_softmax(0) for seed in (0, 1, 2))
 MOVED_LOGITS = logits(0) + 0.5 * logits(3)
 
 
-def support_of(source: str) -> Support | None:
-    if source == "none":
-        return None
-    lists = {"teacher": TEACHER.topk(K).indices, "student": OLD.topk(K).indices}
-    ids, present = torch.arange(V), None
-    if source in JOINT_SUPPORTS:
-        ids, present = JOINT_SUPPORTS[source](lists["teacher"], lists["student"])
-    elif source in lists:
-        ids = lists[source]
-    ids = ids.expand(V, 1, -1)
-    if present is not None:
-        present = present.expand(V, 1, -1)
-    return Support(
-        ids=ids,
-        student_logp=OLD[ids],
-        teacher_logp=TEACHER[ids],
-        source=source,
-        present=present,
-    )
-
-
 def every_token(source: str, sampler: Tensor) -> ScoredRollouts:
     tokens = torch.arange(V)[:, None]
     return ScoredRollouts(
@@ -64,7 +43,7 @@ def every_token(source: str, sampler: Tensor) -> ScoredRollouts:
         ended=torch.ones(V, dtype=torch.bool),
         student_logp=OLD[:, None],
         teacher_logp=TEACHER[:, None],
-        support=support_of(source),
+        support=support_of_every_token(source, OLD, TEACHER, K),
     )
 
 

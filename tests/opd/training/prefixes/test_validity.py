@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts, Support
+from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config, with_settings
 from opd.objectives.catalogue import CONTROLS, OBJECTIVES
 from opd.objectives.factory import make_objective
 from opd.objectives.objective import Objective, batch_losses
-from opd.objectives.support import JOINT_SUPPORTS
 from opd.training.validation import validate
+from tests.helpers.batches import support_of_every_token
 from tests.helpers.runs import settings
 
 V, K = 8, 3
@@ -33,25 +33,6 @@ def logits(seed: int) -> Tensor:
 
 STUDENT_LOGITS = logits(0)
 STUDENT, TEACHER, WRITER = (logits(seed).log_softmax(0) for seed in (0, 1, 2))
-
-
-def support_of(source: str) -> Support | None:
-    if source == "none":
-        return None
-    lists = {"teacher": TEACHER.topk(K).indices, "student": STUDENT.topk(K).indices}
-    ids, present = torch.arange(V), None
-    if source in JOINT_SUPPORTS:
-        ids, present = JOINT_SUPPORTS[source](lists["teacher"], lists["student"])
-    elif source in lists:
-        ids = lists[source]
-    ids = ids.expand(V, 1, -1)
-    return Support(
-        ids=ids,
-        student_logp=STUDENT[ids],
-        teacher_logp=TEACHER[ids],
-        source=source,
-        present=None if present is None else present.expand(V, 1, -1),
-    )
 
 
 def mean_gradient(objective: Objective, writer: Tensor) -> Tensor:
@@ -68,7 +49,7 @@ def mean_gradient(objective: Objective, writer: Tensor) -> Tensor:
         ended=torch.ones(V, dtype=torch.bool),
         student_logp=STUDENT[:, None],
         teacher_logp=TEACHER[:, None],
-        support=support_of(objective.support),
+        support=support_of_every_token(objective.support, STUDENT, TEACHER, K),
     )
     leaf = STUDENT_LOGITS.clone().requires_grad_()
     logp = leaf.log_softmax(0)
