@@ -24,12 +24,12 @@ LOG = logging.getLogger("mkdocs.hooks.opdlab")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and pictures that are outside docs/."""
-    pictures = [f"{FIGURES}/{path.name}" for path in sorted((ROOT / FIGURES).glob("*.png"))]
-    for repository_path in (*SITE_PAGES, *pictures):
+    """Add the pages, pictures and tables that are outside docs/."""
+    figures = [f"{FIGURES}/{path.name}" for path in sorted((ROOT / FIGURES).iterdir())]
+    for repository_path in dict.fromkeys((*SITE_PAGES, *figures)):
         place = site_path(repository_path)
-        assert place is not None
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / repository_path)))
+        if place is not None:
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / repository_path)))
     return files
 
 

@@ -19,7 +19,7 @@ SITE_PAGES = {
 """File of the repository outside docs/ -> page of the site."""
 
 FIGURES = "figures/shown"
-"""Folder of the repository whose pictures are on the site in figures/."""
+"""Folder of the repository whose pictures and tables are on the site in figures/."""
 
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 """A Markdown link to a file: its path, and perhaps an anchor."""
@@ -49,7 +49,7 @@ def site_path(repository_path: str) -> str | None:
     if repository_path in SITE_PAGES:
         return SITE_PAGES[repository_path]
     folder, name = posixpath.split(repository_path)
-    if folder == FIGURES and name.endswith(".png"):
+    if folder == FIGURES and name.endswith((".png", ".md")):
         return f"figures/{name}"
     if repository_path.startswith("docs/"):
         return repository_path.removeprefix("docs/")

@@ -18,6 +18,7 @@ from docs.generate.site_files import (
     external_style_resources,
     link_target,
     mend_links,
+    site_path,
 )
 from opd.cli.main import COMMANDS
 from tests.helpers.paths import ROOT
@@ -249,6 +250,13 @@ def test_links_of_the_site_lead_to_its_pages() -> None:
     assert mended == "[a](../claims.md) ![b](toy.png)"
     mended = mend_links("[a](../benchmarks/README.md) [b](https://x.org/y.md)", "docs/scale.md")
     assert mended == "[a](benchmarks.md) [b](https://x.org/y.md)"
+
+
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if site_path(page)])
+def test_links_to_pages_and_tables_stay_on_the_site(page: str) -> None:
+    for path, _ in LINK.findall(without_fences(DOCUMENTS[page])):
+        target = link_target(path, page)
+        assert site_path(target) is not None, f"{page}: {path} is not on the site"
 
 
 def test_resources_from_other_servers_are_found() -> None:
