@@ -7,8 +7,9 @@ diagnostic.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +85,55 @@ def probe_continuation(
         row_indices = (student_rollouts.mask.sum(1) > length).nonzero()[:, 0].tolist()
         if not row_indices or length >= config.rollout.max_response:
             continue
-        prefix_prompts = append_prefix(
-            prompts.teacher_prompts.rows(row_indices),
-            student_rollouts.tokens[row_indices, :length],
+        gain = continuation_gain(
+            pair,
+            task,
+            prompts.rows(row_indices),
+            student_rollouts.rows(row_indices),
+            [student_correct[i] for i in row_indices],
+            length,
+            partial(
+                sample_responses,
+                pair.teacher.model,
+                budget=config.rollout.max_response - length,
+                length=1 + length,
+            ),
         )
-        continuation = sample_responses(
-            pair.teacher.model, prefix_prompts, config.rollout.max_response - length, 1 + length
-        )
-        tokens = torch.cat([student_rollouts.tokens[row_indices, :length], continuation.tokens], 1)
-        mask = torch.cat([student_rollouts.mask[row_indices, :length], continuation.mask], 1)
-        reference_answers = [prompts.answers[i] for i in row_indices]
-        correct = np.array(
-            [
-                grade_correct(pair, tokens, mask, reference_answers, task),
-                [student_correct[i] for i in row_indices],
-            ]
-        )
-        result_rows.append({"length": length, **paired_gain(correct[0], correct[1])})
+        result_rows.append({"length": length, **gain})
     (run / "control").mkdir(exist_ok=True)
     write_text(run / "control" / "continuation.json", json.dumps(result_rows, indent=1))
     return result_rows
+
+
+def continuation_gain(
+    pair: ModelPair,
+    task: Task,
+    prompts: Prompts,
+    student_rollouts: Rollouts,
+    student_correct: Sequence[float],
+    length: int,
+    sample_continuations: Callable[[Prompts], Rollouts],
+) -> dict[str, float]:
+    """Let the teacher continue the first tokens of the student's responses, and grade both.
+
+    Args:
+        pair: Student and teacher.
+        task: The task.
+        prompts: B prompts.
+        student_rollouts: The student's B responses, each longer than `length`.
+        student_correct: 1 or 0 for each of them.
+        length: Number of tokens that the teacher continues from.
+        sample_continuations: Samples the teacher's responses to prompts with a prefix.
+
+    Returns:
+        `paired_gain`.
+    """
+    prefix = student_rollouts.tokens[:, :length]
+    continuation = sample_continuations(append_prefix(prompts.teacher_prompts, prefix))
+    tokens = torch.cat([prefix, continuation.tokens], 1)
+    mask = torch.cat([student_rollouts.mask[:, :length], continuation.mask], 1)
+    teacher_correct = grade_correct(pair, tokens, mask, prompts.answers, task)
+    return paired_gain(np.array(teacher_correct), np.array(student_correct))
 
 
 def response_eos_ids(pair: ModelPair) -> list[int]:

@@ -5,6 +5,7 @@ teacher.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,48 +89,20 @@ def probe_gradients(
         InvalidInput: `blocks` is given and there are several ranks, or the LM head of the student
             is not a single matrix.
     """
-    is_distributed, head = distributed.world_size() > 1, pair.student.head
-    prompts, scored, teacher = batch.prompts, batch.scored, pair.teacher.model
+    is_distributed = distributed.world_size() > 1
+    prompts, scored = batch.prompts, batch.scored
     if blocks and is_distributed:
         raise InvalidInput(
             f"probe_blocks is {blocks}, which needs a single process; remove probe_blocks (the "
             "gradient of the LM head is still measured), or start one process"
         )
-    if isinstance(head, LogitsHead):
-        raise InvalidInput(
-            "the gradient probe needs an LM head with a single weight matrix, which this student "
-            "does not have; set probe_every to 0"
-        )
-    student_hidden, teacher_hidden = (
-        supervised_hidden_states(model, model_prompts, scored, max_tokens_per_microbatch)
-        for model, model_prompts in ((pair.student, prompts), (teacher, prompts.teacher_prompts))
+    family = family_gradients(
+        pair,
+        batch,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        max_logits_per_chunk=max_logits_per_chunk,
     )
-    temperature, vocabulary = scored.score_temperature, pair.student.vocabulary
-    projection = random_projection(vocabulary, student_hidden.shape[1], seed=0).to(
-        student_hidden.device
-    )
-
-    def logp(chunk: slice) -> tuple[Tensor, Tensor]:
-        return (
-            log_probabilities(pair.student, student_hidden[chunk], temperature),
-            log_probabilities(teacher, teacher_hidden[chunk], temperature),
-        )
-
-    def product_derivatives(chunk: slice) -> Tensor:
-        return head.derivatives(head.logits(student_hidden[chunk]))
-
-    logit_shaping = None if head.is_linear else product_derivatives
-    chunk_tokens = chunk_slices(len(student_hidden), vocabulary, max_logits_per_chunk)[0].stop
-    rank_gather = gather_batch(scored) if is_distributed else None
-    sketches = sketch_gradients(
-        scored,
-        student_hidden,
-        logp,
-        projection,
-        chunk_tokens=chunk_tokens,
-        gathered=rank_gather,
-        logit_derivatives=logit_shaping,
-    )
+    sketches, projection = family.sketches, family.projection
     sketches = all_gather_sketches(sketches) if is_distributed else sketches
     loss, hidden_gradients = loss_gradients(
         pair,
@@ -145,7 +118,7 @@ def probe_gradients(
     if hidden_gradients is not None:
         selected_blocks = [make_block(pair.student.network, pattern) for pattern in blocks]
         token_gradients = hidden_state_gradients(
-            pair, scored, student_hidden, teacher_hidden, chunk_tokens
+            pair, scored, family.student_hidden, family.teacher_hidden, family.chunk_tokens
         )
         sketches_by_block = block_gradient_sketches(
             pair.student,
@@ -171,6 +144,90 @@ def probe_gradients(
     except MissingField:
         return {}
     return dict(row)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FamilyGradients:
+    """Gradients of the gamma family on a batch, with what further gradients of it are made from."""
+
+    sketches: GradientSketches
+    """Gradients of the LM head by estimator and discount, for the responses of this rank."""
+    projection: Projection
+    """Random projection of the sketches."""
+    student_hidden: Tensor
+    """(N, D) hidden states of the student at the supervised tokens."""
+    teacher_hidden: Tensor
+    """(N, D') hidden states of the teacher."""
+    chunk_tokens: int
+    """Tokens whose log-probabilities are held at a time."""
+
+
+@torch.no_grad()
+def family_gradients(
+    pair: ModelPair,
+    batch: ScoredBatch,
+    *,
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
+) -> FamilyGradients:
+    """Sketch the gradients of the LM head for every estimator of the gamma family.
+
+    Args:
+        pair: Student and teacher.
+        batch: Batch sampled from the student with top_p = 1 at the temperature of the scores.
+        max_tokens_per_microbatch: Limit on tokens, padding included, of a forward pass.
+        max_logits_per_chunk: Limit on logits held in memory at a time.
+
+    Returns:
+        The gradients of this rank's responses.
+
+    Raises:
+        InvalidInput: The LM head of the student is not a single matrix.
+    """
+    head, scored, teacher = pair.student.head, batch.scored, pair.teacher.model
+    if isinstance(head, LogitsHead):
+        raise InvalidInput(
+            "the gradient probe needs an LM head with a single weight matrix, which this student "
+            "does not have; set probe_every to 0"
+        )
+    student_hidden, teacher_hidden = (
+        supervised_hidden_states(model, model_prompts, scored, max_tokens_per_microbatch)
+        for model, model_prompts in (
+            (pair.student, batch.prompts),
+            (teacher, batch.prompts.teacher_prompts),
+        )
+    )
+    temperature, vocabulary = scored.score_temperature, pair.student.vocabulary
+    projection = random_projection(vocabulary, student_hidden.shape[1], seed=0).to(
+        student_hidden.device
+    )
+
+    def logp(chunk: slice) -> tuple[Tensor, Tensor]:
+        return (
+            log_probabilities(pair.student, student_hidden[chunk], temperature),
+            log_probabilities(teacher, teacher_hidden[chunk], temperature),
+        )
+
+    def product_derivatives(chunk: slice) -> Tensor:
+        return head.derivatives(head.logits(student_hidden[chunk]))
+
+    chunk_tokens = chunk_slices(len(student_hidden), vocabulary, max_logits_per_chunk)[0].stop
+    sketches = sketch_gradients(
+        scored,
+        student_hidden,
+        logp,
+        projection,
+        chunk_tokens=chunk_tokens,
+        gathered=gather_batch(scored) if distributed.world_size() > 1 else None,
+        logit_derivatives=None if head.is_linear else product_derivatives,
+    )
+    return FamilyGradients(
+        sketches=sketches,
+        projection=projection,
+        student_hidden=student_hidden,
+        teacher_hidden=teacher_hidden,
+        chunk_tokens=chunk_tokens,
+    )
 
 
 def mean_token_weight(loss: PreparedLoss) -> Tensor:

@@ -1,0 +1,1 @@
+"""The scout: measurements of a pair before training, and a forecast from a bank of runs."""
