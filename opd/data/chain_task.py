@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,7 +30,7 @@ class Problem:
 
 
 def problems(split: str, count: int, seed: int) -> list[Problem]:
-    """Return `count` distinct problems, deterministic in (split, count, seed).
+    """Return `count` distinct problems of STEPS steps, deterministic in (split, count, seed).
 
     "train" and "test" share no prompt; they do share single lines, of which there are only 800.
 
@@ -58,9 +58,13 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
 @cache
 def all_problems(split: str) -> list[Problem]:
     """Return all problems of a split."""
-    numbers = itertools.product(STEPS, STATES, FACTORS, OFFSETS)
-    prompts = ("{}:{}*{}+{}".format(*values) for values in numbers)
-    return [Problem(p, *solve(p)) for p in prompts if assign_split(p) == split]
+    return [Problem(p, *solve(p)) for p in all_prompts() if assign_split(p) == split]
+
+
+def all_prompts(steps: Iterable[int] = STEPS) -> list[str]:
+    """Return the prompts of all problems with these numbers of steps, 800 of each."""
+    numbers = itertools.product(steps, STATES, FACTORS, OFFSETS)
+    return ["{}:{}*{}+{}".format(*values) for values in numbers]
 
 
 def solve(prompt: str, next_error: Callable[[], int] = lambda: 0) -> tuple[str, str]:

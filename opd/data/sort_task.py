@@ -5,6 +5,7 @@ after each digit. Every entry is the previous one with one digit inserted, so an
 """
 
 import random
+from collections.abc import Sequence
 
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem, assign_split
@@ -12,7 +13,7 @@ from opd.data.chain_task import Problem, assign_split
 LENGTHS = range(4, 9)
 
 
-def problems(split: str, count: int, seed: int) -> list[Problem]:
+def problems(split: str, count: int, seed: int, lengths: Sequence[int] = LENGTHS) -> list[Problem]:
     """Return `count` distinct problems, deterministic in (split, count, seed).
 
     "train" and "test" share no prompt; the hash of the prompt decides the split.
@@ -21,6 +22,7 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
         split: "train" or "test".
         count: Number of problems.
         seed: Seed of the sample.
+        lengths: Numbers of digits, equally likely.
 
     Returns:
         The problems.
@@ -33,7 +35,7 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
     generator = random.Random(f"sort-{split}-{seed}")
     problems_by_prompt: dict[str, Problem] = {}
     while len(problems_by_prompt) < count:
-        digits = "".join(generator.choices("0123456789", k=generator.choice(LENGTHS)))
+        digits = "".join(generator.choices("0123456789", k=generator.choice(lengths)))
         prompt = f"sort {digits}"
         if assign_split(prompt) == split:
             problems_by_prompt[prompt] = Problem(

@@ -15,7 +15,6 @@ the training data of all of them.
 
 import dataclasses
 import json
-import math
 import random
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from diagnostics.records.renamed import present_lab_settings
 from opd.data import chain_task, sort_task
 from opd.lab import household_demos, shown_solutions
 from opd.lab.configs import LabConfig, ToyModelConfig
-from opd.lab.previous_token_head import set_previous_token_head
+from opd.lab.networks import make_network
 from opd.lab.problem_files import (
     HOUSEHOLD_SOURCE,
     HeldOutSource,
@@ -40,6 +39,7 @@ from opd.lab.problem_files import (
     write_sorting_problems,
     write_training_problems,
 )
+from opd.lab.training_loop import optimise, row_parts
 from opd.lab.writing_style import UNLABELLED, encode_solution
 from opd.runtime.seeds import derive_seed
 from opd.runtime.staged_folders import staged_folder
@@ -69,8 +69,6 @@ SOURCES: dict[str, Callable[[Path], list[HeldOutSource]]] = {
     "shown": message_sources,
 }
 """Task to the held-out problems on which a model of it is evaluated, whose files go to a folder."""
-ROWS_AT_ONCE = 6
-"""Rows of a training batch whose activations exist at once."""
 VOCABULARY_SIZE = 512
 """Vocabulary size of models for games, whose prompts are long in bytes."""
 
@@ -227,29 +225,22 @@ def train_model(
         The trained model in evaluation mode.
     """
     import torch
-    from tqdm import tqdm
     from transformers import AutoModelForCausalLM
 
     if start is None:
-        network = new_model(model_config, len(tokenizer), seed, tokenizer)
+        network = new_model(model_config, seed, tokenizer)
     else:
         network = AutoModelForCausalLM.from_pretrained(start).train()
     learns_prompts = bool({"household", "shown"} & set(model_config.tasks))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=model_config.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
-    bar = tqdm(range(model_config.steps), desc=f"train {name}", position=bar_position, disable=None)
-    for step in bar:
+
+    def add_step_gradient(step: int) -> float:
         ids, labels = make_training_batch(tokenizer, model_config, derive_seed(seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = model_config.lr * schedule(step, model_config.steps)
-        loss = add_gradient(network, ids, labels, tokenizer.pad_token_id, learns_prompts)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss:.3f}")
-    return network.eval()
+        return add_gradient(network, ids, labels, tokenizer.pad_token_id, learns_prompts)
+
+    return optimise(network, [optimizer], model_config.steps, add_step_gradient, name, bar_position)
 
 
 def add_gradient(
@@ -259,10 +250,7 @@ def add_gradient(
     padding: int,
     learns_prompts: bool,
 ) -> float:
-    """Add the gradient of the mean next-token loss of a batch, ROWS_AT_ONCE rows at a time.
-
-    Rows of like length go together, each part as wide as its longest row, so that few positions are
-    padding and the activations of a part fit the cache: 1.6 times as fast as the whole batch.
+    """Add the gradient of the mean next-token loss of a batch, in parts of `row_parts`.
 
     Args:
         network: The model.
@@ -282,10 +270,8 @@ def add_gradient(
     parts = [labels, prompt_labels] if learns_prompts else [labels]
     counts = [(x[:, 1:] != UNLABELLED).sum() for x in parts]
     present = (ids != padding) | (labels != UNLABELLED)  # a labelled EOS may be the padding token
-    lengths = (present * torch.arange(1, ids.shape[1] + 1)).amax(1)
     total = 0.0
-    for rows in lengths.argsort(stable=True).split(ROWS_AT_ONCE):
-        width = int(lengths[rows].max())
+    for rows, width in row_parts(present):
         logits = network(input_ids=ids[rows, :width]).logits[:, :-1].flatten(0, 1)
         losses = [
             torch.nn.functional.cross_entropy(
@@ -300,29 +286,15 @@ def add_gradient(
     return total
 
 
-def new_model(model_config: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any) -> Any:
+def new_model(model_config: ToyModelConfig, seed: int, tokenizer: Any) -> Any:
     """Initialise a Qwen2 model from `seed` without changing the caller's random state."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=model_config.width,
-        intermediate_size=4 * model_config.width,
-        num_hidden_layers=model_config.layers,
-        num_attention_heads=model_config.width // 32,
-        num_key_value_heads=model_config.width // 32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    network = make_network(
+        model_config.layers,
+        model_config.width,
+        tokenizer,
+        seed,
+        previous_token_head=model_config.previous_token_head,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Qwen2ForCausalLM(config)
-    if model_config.previous_token_head:
-        set_previous_token_head(network)
     if model_config.habit.foreign or model_config.habit.read:  # both end tokens occur in its data
         end_tokens = [tokenizer.eos_token, model_config.habit.opposite.end]
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end_tokens)
@@ -368,14 +340,6 @@ def make_training_batch(
         ids[i, :end] = torch.tensor(prompt + response)
         labels[i, len(prompt) : end] = torch.tensor(response_labels)
     return ids, labels
-
-
-def schedule(step: int, steps: int) -> float:
-    """Return the learning-rate factor: linear warm-up over 5 %, then a half cosine to 0.1."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:

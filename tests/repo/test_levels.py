@@ -29,8 +29,9 @@ LEVELS = {
         {"report", "rollouts", "teachers"},
         {"envs", "scoring"},
         {"evaluation", "library"},
-        {"lab", "training"},
+        {"training"},
         {"analysis"},
+        {"lab"},
         {"cli", "experiments"},
     ),
     "synthetic": (

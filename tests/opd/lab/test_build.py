@@ -15,7 +15,6 @@ from opd.data.prompts import encode_prompts
 from opd.evaluation.evaluate import respond_folder
 from opd.lab import problem_files
 from opd.lab.build import (
-    ROWS_AT_ONCE,
     VOCABULARY_SIZE,
     add_gradient,
     build,
@@ -25,6 +24,7 @@ from opd.lab.build import (
 )
 from opd.lab.configs import LabConfig, ToyModelConfig, household_config, tiny_config
 from opd.lab.problem_files import MESSAGE_COLUMNS
+from opd.lab.training_loop import ROWS_AT_ONCE
 from opd.lab.writing_style import WritingStyle
 from opd.runtime.seeds import derive_seed
 
@@ -48,7 +48,7 @@ def test_the_tokenizer_round_trips_from_disk(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     # the model in the same folder decides the class of the loaded tokenizer
-    new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
+    new_model(tiny_config().student, 0, tokenizer).save_pretrained(tmp_path)
     text = "<|im_start|>user\n3+8 <think>~!\" \té漢 12's</think>11<|im_end|>"
     expected_ids, tokenizer = tokenizer.encode(text), AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode(text) == expected_ids
@@ -98,7 +98,7 @@ def test_models_of_games_have_word_tokens_and_single_digits(tmp_path: Path) -> N
 
     tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
     tokenizer.save_pretrained(tmp_path)
-    new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
+    new_model(tiny_config().student, 0, tokenizer).save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
     words = [reloaded.decode(i) for i in reloaded.encode("<think>hold CUP</think>go to fridge")]
     assert words == ["<think>", "hold", " CUP", "</think>", "go", " to", " fridge"]
@@ -146,7 +146,7 @@ def test_the_gradient_of_parts_is_that_of_the_mean_loss(
         layers=1, width=32, steps=1, batch=ROWS_AT_ONCE + 3, lr=1e-3, tasks=(task,), habit=style
     )
     ids, labels = make_training_batch(tokenizer, recipe, seed=0)
-    network = new_model(recipe, len(tokenizer), 0, tokenizer)
+    network = new_model(recipe, 0, tokenizer)
     parameters = list(network.parameters())
     value = add_gradient(network, ids, labels, tokenizer.pad_token_id, learns_prompts)
     gradients = [x.grad.clone() for x in parameters]

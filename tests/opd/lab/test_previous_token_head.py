@@ -11,7 +11,7 @@ from opd.lab.configs import LabConfig, ToyModelConfig, view_config
 def previous_weights(config: ToyModelConfig) -> torch.Tensor:
     """Return (heads, positions) attention of the first layer to the previous token."""
     tokenizer = make_tokenizer()
-    network = new_model(config, len(tokenizer), 0, tokenizer)
+    network = new_model(config, 0, tokenizer)
     network.set_attn_implementation("eager")
     ids = torch.randint(5, 200, (1, 90), generator=torch.Generator().manual_seed(0))
     attention = network(ids, output_attentions=True).attentions[0][0]

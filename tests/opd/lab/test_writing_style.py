@@ -108,7 +108,7 @@ def test_corrupted_sorting_has_its_error_rate() -> None:
 def test_mismatched_models_have_both_end_tokens_and_mix_tasks() -> None:
     recipes = mismatched_config().models
     tokenizer = make_tokenizer(recipes["teacher"].habit.end)
-    network = new_model(recipes["teacher"], len(tokenizer), 0, tokenizer)
+    network = new_model(recipes["teacher"], 0, tokenizer)
     ends = ["<|endoftext|>", "<|im_end|>"]
     assert network.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(ends)
     student = replace(recipes["student"], batch=8)
@@ -118,6 +118,6 @@ def test_mismatched_models_have_both_end_tokens_and_mix_tasks() -> None:
     assert all((row[label != UNLABELLED] == label[label != UNLABELLED]).all()
                for row, label in zip(ids, labels, strict=True))  # fmt: skip
     plain = new_model(
-        ToyModelConfig(layers=1, width=32, steps=1, batch=1, lr=1), 5, 0, make_tokenizer()
+        ToyModelConfig(layers=1, width=32, steps=1, batch=1, lr=1), 0, make_tokenizer()
     )
     assert plain.generation_config.eos_token_id == make_tokenizer().eos_token_id
