@@ -55,6 +55,19 @@ def paired_difference(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -
     return {"value": float(differences.mean()), "low": low, "high": high} | tests
 
 
+def paired_gain(
+    outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame
+) -> tuple[float, float, float]:
+    """Return the value of `paired_difference` and its interval."""
+    gain = paired_difference(outcomes, baseline_outcomes)
+    return gain["value"], gain["low"], gain["high"]
+
+
+def interval_columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """Return a value and its interval as the columns NAME, NAME_low and NAME_high."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
 def sign_flip_test(
     values: np.ndarray, generator: np.random.Generator, num_draws: int = 9999
 ) -> float:

@@ -13,9 +13,10 @@ from diagnostics.records import run_tables
 from figures import style
 from figures.collect.paired import (
     accuracy_interval,
+    interval_columns,
     last_evaluations,
     outcome_matrix,
-    paired_difference,
+    paired_gain,
 )
 from figures.collect.steps import check_same_problems, label_runs, pivot_metrics, seed_means
 from figures.labels import method_label
@@ -266,19 +267,6 @@ def summarize_method(final: pd.DataFrame, first: pd.DataFrame, method: str) -> d
 def outcome_array(evaluations: pd.DataFrame, method: str) -> np.ndarray:
     """Return the (seeds, games) outcomes of a method."""
     return outcome_matrix(evaluations, method).to_numpy(float)
-
-
-def paired_gain(
-    final_outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame
-) -> tuple[float, float, float]:
-    """Return a paired difference and its interval."""
-    gain = paired_difference(final_outcomes, baseline_outcomes)
-    return gain["value"], gain["low"], gain["high"]
-
-
-def interval_columns(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
-    """Return a value and its interval as the columns NAME, NAME_low and NAME_high."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
 def markdown(results: pd.DataFrame) -> str:

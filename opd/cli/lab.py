@@ -28,8 +28,8 @@ class LabOptions:
     """Train a toy pair from scratch: a teacher and a weaker student."""
 
     out: str = ""
-    """folder (default: lab, lab-tiny, lab-mismatched, lab-household, lab-view, lab-family, smollm)
-    """
+    """folder (default: lab, lab-tiny, lab-mismatched, lab-household, lab-view, lab-family, smollm,
+    lab-pretrained)"""
     seed: int = 0
     """random seed"""
     tiny: Annotated[bool, KIND] = False
@@ -44,6 +44,8 @@ class LabOptions:
     """a pair with the knobs below"""
     smollm: Annotated[bool, KIND] = False
     """a small pretrained model and a copy with fewer layers"""
+    pretrained: Annotated[bool, KIND] = False
+    """a small pretrained model, and the same model taught word problems as its teacher"""
     jobs: int = 2
     """models trained in parallel; those of --family are trained one after the other"""
     bases: str = ""
@@ -52,7 +54,7 @@ class LabOptions:
 
 
 def main(argv: list[str]) -> None:
-    """Run `opd lab [--out DIR] [--seed N] [--tiny | ... | --smollm]`."""
+    """Run `opd lab [--out DIR] [--seed N] [--tiny | ... | --pretrained]`."""
     refuse_renamed_options(argv, LAB_KINDS, "opd lab")
     options = parse_options(LabOptions, argv, "opd lab")
     if options.family:
@@ -67,6 +69,14 @@ def main(argv: list[str]) -> None:
         from opd.lab.smollm import build as build_smollm
 
         student, teacher = build_smollm(Path(options.out or "smollm"), options.seed)
+        print(f"student: {student}\nteacher: {teacher}")
+        return
+    if options.pretrained:
+        from opd.lab.pretrained.pair import TeachingConfig
+        from opd.lab.pretrained.pair import build as build_pretrained
+
+        folder = Path(options.out or "lab-pretrained")
+        student, teacher = build_pretrained(folder, TeachingConfig(seed=options.seed))
         print(f"student: {student}\nteacher: {teacher}")
         return
     config, name = LabConfig(), "lab"

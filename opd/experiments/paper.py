@@ -4,9 +4,12 @@ The group "single" has one task and its teacher, the group "multi" two alternati
 its own teacher; both use the mismatched models of `opd.lab.build`. The groups "games" and "agents"
 train the student of `opd lab --household`: on the household game alone, and alternating with
 sorting. The groups "views" and "controls" (`opd.experiments.matched`) train five students of
-`opd lab --view`, a seed each. A cell is a method with a seed; run folders are
-ROOT/GROUP/METHOD-SEED. Finished runs are kept, interrupted ones resumed. The seed is that of
-prompts and sampling; but for views and controls, the models are the same in every cell.
+`opd lab --view`, a seed each. The group "pretrained" (`opd.experiments.pretrained`) trains the real
+model of `opd lab --pretrained`; it takes longer than all others and runs only where it is named. A
+cell is a method with a seed; run folders are ROOT/GROUP/METHOD-SEED, and the groups "games" and
+"pretrained" have one more, in which the teacher is evaluated. Finished runs are kept, interrupted
+ones resumed. The seed is that of prompts and sampling; but for views and controls, the models are
+the same in every cell.
 `opd figures` draws the comparisons from a table of these folders.
 """
 
@@ -23,6 +26,7 @@ from diagnostics.io.atomic import write_text
 from diagnostics.io.command import parse_options
 from diagnostics.records.renamed import LAB_KINDS, refuse_renamed_options
 from opd.experiments.matched import MATCHED_METHODS, matched_arguments
+from opd.experiments.pretrained import PRETRAINED_METHODS, TEACHER, pretrained_arguments
 from opd.experiments.subcommand import run_opd
 from opd.lab.configs import NUM_VIEW_STUDENTS
 
@@ -73,9 +77,9 @@ MULTI = ("sampled", "sampled_mask", "lsm", "lsm_mask", *VARIANTS)
 GAMES = ("sampled", "lsm", "lsm_whole")
 GROUPS = {"single": tuple(METHODS), "multi": MULTI, "games": GAMES, "agents": GAMES[:2]}
 GROUPS |= {group: tuple(methods) for group, methods in MATCHED_METHODS.items()}
-TEACHER = "teacher"
-"""An additional cell of the group games: the teacher itself, evaluated and not trained."""
-
+DEFAULT_GROUPS = tuple(GROUPS)
+GROUPS["pretrained"] = tuple(PRETRAINED_METHODS)
+"""Group to its methods. A run of the group pretrained takes many minutes of two cores."""
 MISMATCHED_TASKS = """\
 [[tasks]]
 name = "chain"
@@ -100,7 +104,7 @@ task = "{lab}/sort.jsonl"
 teacher = "{lab}/sort-teacher"
 """
 LABS = {"single": "mismatched", "multi": "mismatched", "games": "household", "agents": "household"}
-LABS |= dict.fromkeys(MATCHED_METHODS, "view")
+LABS |= dict.fromkeys(MATCHED_METHODS, "view") | {"pretrained": "pretrained"}
 ALL_METHODS = dict.fromkeys(method for methods in GROUPS.values() for method in methods)
 TASK_FILES = {"multi": MISMATCHED_TASKS, "agents": AGENT_TASKS}
 MULTI_TASK_STEPS = {"multi": 60, "agents": 80}
@@ -111,6 +115,8 @@ def cell_arguments(group: str, seed: int, method: str, root: Path, lab: Path) ->
     """Return the arguments of `opd train` for a cell."""
     if group in MATCHED_METHODS:
         return matched_arguments(group, seed, method, root, lab)
+    if group == "pretrained":
+        return pretrained_arguments(seed, method, root, lab)
     student = lab / ("teacher" if method == TEACHER else "student")
     arguments: list[Any] = (
         ["lab", *SHARED_SETTINGS] if LABS[group] == "mismatched" else ["household"]
@@ -148,8 +154,8 @@ def refuse_former_lab(kind: str, folder: Path) -> None:
 class PaperOptions:
     """Train every method of the paper's comparisons."""
 
-    groups: tuple[str, ...] = tuple(GROUPS)
-    """groups of cells: single, multi, games, agents, views, controls"""
+    groups: tuple[str, ...] = DEFAULT_GROUPS
+    """groups of cells: single, multi, games, agents, views, controls; pretrained where named"""
     methods: tuple[str, ...] = tuple(ALL_METHODS)
     """methods; those that a group does not have are left out"""
     seeds: int = 5
@@ -164,6 +170,8 @@ class PaperOptions:
     """folder of the toy models of games and agents, built if missing"""
     view: Path = Path("lab-view")
     """folder of the toy models of views and controls, built if missing"""
+    pretrained: Path = Path("lab-pretrained")
+    """folder of the models of pretrained, built if missing"""
 
     def __post_init__(self) -> None:
         for option, names, known in (
@@ -185,7 +193,12 @@ class PaperOptions:
     @property
     def labs(self) -> dict[str, Path]:
         """Kind of toy models to their folder."""
-        return {"mismatched": self.mismatched, "household": self.household, "view": self.view}
+        return {
+            "mismatched": self.mismatched,
+            "household": self.household,
+            "view": self.view,
+            "pretrained": self.pretrained,
+        }
 
 
 def main(argv: list[str]) -> None:
@@ -201,8 +214,7 @@ def main(argv: list[str]) -> None:
         for method in GROUPS[group]
         if method in options.methods
     ]
-    if "games" in options.groups:
-        cells.append(("games", 0, TEACHER))
+    cells += [(group, 0, TEACHER) for group in ("games", "pretrained") if group in options.groups]
     labs = {group: options.labs[LABS[group]] for group in options.groups}
     for kind in dict.fromkeys(LABS[group] for group in options.groups):
         run_opd("lab", f"--{kind}", "--out", options.labs[kind])

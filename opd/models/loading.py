@@ -17,6 +17,8 @@ from opd.serving.addresses import is_url, redact_url
 
 OBJECT_PREFIX = "object:"
 """Begins the name of a model that was passed as an object."""
+FOLDER_KINDS = ("tiny", "household", "mismatched", "view", "pretrained")
+"""Kinds of models that `opd lab` builds in the folder lab-KIND."""
 FOUR_BIT_BLOCK = 64
 """Weights that share a scale in bitsandbytes' 4-bit layers."""
 
@@ -60,7 +62,7 @@ def load_model(
             "model here"
         )
     build_options = {"lab/": "", "smollm/": " --smollm"}
-    build_options |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "household", "mismatched")}
+    build_options |= {f"lab-{kind}/": f" --{kind}" for kind in FOLDER_KINDS}
     if name.startswith((".", "/", *build_options)) and not Path(name).is_dir():
         options = [option for folder, option in build_options.items() if name.startswith(folder)]
         hint = f"; build it with `opd lab{options[0]}`" if options else ""

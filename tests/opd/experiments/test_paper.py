@@ -6,9 +6,12 @@ import pytest
 
 from opd.cli.train import parse_arguments
 from opd.config.settings import Config, with_settings
+from opd.data.sources import read_problems
 from opd.experiments.matched import CONTROL_METHODS, MATCHED_METHODS, VIEW_METHODS
 from opd.experiments.paper import (
+    DEFAULT_GROUPS,
     GROUPS,
+    LABS,
     METHODS,
     SHARED_SETTINGS,
     TASK_FILES,
@@ -16,6 +19,8 @@ from opd.experiments.paper import (
     PaperOptions,
     cell_arguments,
 )
+from opd.experiments.pretrained import PRETRAINED_METHODS
+from opd.lab.pretrained.pair import TeachingConfig, write_problems
 from opd.lab.problem_files import write_held_out_problems
 from opd.training.multitask import task_configs
 from opd.training.validation import validate
@@ -147,6 +152,36 @@ def test_controls_differ_in_responses_loss_and_teacher(method: str, tmp_path: Pa
             "on_policy_topk": "teacher_topk",
         }[method]
     )
+
+
+@pytest.mark.parametrize("method", [*PRETRAINED_METHODS, TEACHER])
+def test_the_pretrained_model_is_trained_and_tested_on_different_problems(
+    method: str, tmp_path: Path
+) -> None:
+    lab = tmp_path / "lab"
+    write_problems(lab, TeachingConfig())
+    words = [str(x) for x in cell_arguments("pretrained", 1, method, tmp_path, lab)]
+    config = parse_arguments(words).settings
+    assert validate(config) == []
+    assert (config.seed, config.out) == (1, str(tmp_path / "pretrained" / f"{method}-1"))
+    assert config.student == str(lab / ("teacher" if method == TEACHER else "student"))
+    assert config.teacher == str(lab / "teacher")
+    assert (config.steps == 0) == (method == TEACHER)
+    train, test = (read_problems(x) for x in (config.data.task, config.evaluation.eval_task))
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+    assert len(test) >= config.evaluation.eval_problems >= 150
+    assert config.evaluation.eval_temperature == 0
+    assert config.rollout.prefixes == "student"
+    if method != TEACHER:
+        assert config.objective.objective == method
+
+
+def test_the_pretrained_model_is_trained_only_where_it_is_named() -> None:
+    assert set(GROUPS) - set(DEFAULT_GROUPS) == {"pretrained"}
+    assert PaperOptions().groups == DEFAULT_GROUPS
+    assert set(PaperOptions().labs) == set(LABS.values())
+    with pytest.raises(ValueError, match=r"unknown 'pretraind'; known: .*pretrained"):
+        PaperOptions(groups=("pretraind",))
 
 
 def test_there_is_a_student_for_every_seed() -> None:

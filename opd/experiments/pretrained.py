@@ -1,0 +1,54 @@
+"""Cells of `opd paper` on the models of `opd lab --pretrained`: a real model and its taught copy.
+
+The student is SmolLM2-135M-Instruct itself, the teacher the same weights after they were taught
+word problems. Both methods of the paper's main comparison train it on its own responses. The seed
+is that of prompts and sampling; the models are the same in every cell. Settings were chosen on the
+validation problems, and runs are evaluated on those of test.jsonl, before and after.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from opd.lab.pretrained.pair import DEFAULT_TEACHING
+
+TEACHER = "teacher"
+"""An additional cell: the teacher itself, evaluated and not trained."""
+PRETRAINED_METHODS: dict[str, tuple[str, ...]] = {
+    "sampled_token": ("--objective", "sampled_token"),
+    "teacher_topk": ("--objective", "teacher_topk"),
+}
+"""Method of the group "pretrained" to its settings."""
+NUM_TEST_PROBLEMS = 160
+"""Problems of test.jsonl on which a run is evaluated, greedily."""
+SHARED_SETTINGS = (
+    *("pair", "--student", "{lab}/student", "--teacher", "{lab}/teacher"),
+    *("--task", "{lab}/train.jsonl", "--eval-task", "{lab}/test.jsonl"),
+    *("--eval-problems", str(NUM_TEST_PROBLEMS), "--eval-temperature", "0"),
+    *("--max-prompt", str(DEFAULT_TEACHING.max_prompt)),
+    *("--max-response", str(DEFAULT_TEACHING.max_response)),
+    *("--prompts-per-step", "8", "--group-size", "1", "--support-k", "16"),
+    *("--steps", "36", "--lr", "2e-5", "--warmup", "3", "--dtype", "bfloat16", "--device", "cpu"),
+    *("--eval-every", "0", "--save-every", "6", "--save-batch-every", "12"),
+    *("--rescore-every", "0", "--full-metrics-every", "4"),
+)
+
+
+def pretrained_arguments(seed: int, method: str, root: Path, lab: Path) -> list[Any]:
+    """Return the arguments of `opd train` for a cell.
+
+    Args:
+        seed: Seed of prompts and sampling.
+        method: Method of PRETRAINED_METHODS, or TEACHER.
+        root: Folder of the run folders.
+        lab: Folder of the models of `opd lab --pretrained`.
+
+    Returns:
+        The arguments.
+    """
+    changes = (
+        ("--student", "{lab}/teacher", "--steps", "0")
+        if method == TEACHER
+        else PRETRAINED_METHODS[method]
+    )
+    settings = [word.format(lab=lab) for word in (*SHARED_SETTINGS, *changes)]
+    return [*settings, "--seed", seed, "--out", root / "pretrained" / f"{method}-{seed}"]

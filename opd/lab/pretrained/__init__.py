@@ -1,0 +1,1 @@
+"""A pretrained pair whose teacher was taught word problems."""
