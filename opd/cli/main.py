@@ -13,6 +13,7 @@ COMMANDS = {
     "lab": ("opd.cli.lab", "train a toy pair from scratch: a teacher and a weaker student"),
     "paper": ("opd.experiments.paper", "train every method of the paper's comparisons"),
     "doctor": ("opd.cli.doctor", "check a student and a teacher before training"),
+    "scout": ("opd.cli.scout", "measure a pair before training, and forecast the outcome"),
     "audit": ("opd.cli.audit", "say what a distillation loss estimates, and which faults it has"),
     "train": ("opd.cli.train", "distil a teacher into a student: RECIPE [--field value]"),
     "cache": ("opd.cli.cache", "score the responses of a run in advance, or check such scores"),

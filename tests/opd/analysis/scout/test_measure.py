@@ -22,7 +22,7 @@ from opd.teachers.pair import ModelPair, load_pair
 from opd.training import gradient_probe
 from opd.training.setup import load_problem_task
 
-PROMPTS, GROUP, RESPONSE = 10, 3, 9
+PROMPTS, GROUP, RESPONSE = 10, 3, 24
 GRADER = "def grade(response, answer):\n    return float(sum(map(ord, response)) % 3 == 0)\n"
 """Grades each response by its characters, so that both models are right at times."""
 
@@ -91,21 +91,22 @@ def dense(pair: ModelPair, sampled: tuple[Prompts, Rollouts]) -> list[list[dict[
     """Both models' whole distributions at each token of each response, one response at a time."""
     rows = []
     for prompt, response in zip(prompt_ids(sampled[0]), response_ids(sampled[1]), strict=True):
-        tokens = []
-        for t, token in enumerate(response):
-            ids = torch.tensor([prompt + response[:t]])
-            with torch.no_grad():
-                output = pair.student.network(input_ids=ids, output_hidden_states=True)
-                teacher = pair.teacher.model.network(input_ids=ids)
-            tokens.append(
+        ids, begin = torch.tensor([prompt + response]), len(prompt) - 1
+        with torch.no_grad():
+            student = pair.student.network(input_ids=ids, output_hidden_states=True)
+            teacher = pair.teacher.model.network(input_ids=ids)
+        rows.append(
+            [
                 {
-                    "p": output.logits[0, -1].double().log_softmax(-1),
-                    "q": teacher.logits[0, -1].double().log_softmax(-1),
-                    "hidden": output.hidden_states[-1][0, -1].double(),
+                    "p": student.logits[0, begin + t].double().log_softmax(-1),
+                    "q": teacher.logits[0, begin + t].double().log_softmax(-1),
+                    "hidden": student.hidden_states[-1][0, begin + t].double(),
                     "token": torch.tensor(token),
                 }
-            )
-        rows.append(tokens)
+                for t, token in enumerate(response)
+            ]
+        )
+    assert len(set(map(len, rows))) > 1, "the test needs responses that end before others"
     return rows
 
 
@@ -202,6 +203,7 @@ def test_the_teacher_continues_the_first_response_to_each_problem(
     config: Config, values, pair: ModelPair, sampled
 ) -> None:
     responses = response_ids(sampled[1])
+    correct = np.array([grade(pair, ids) for ids in responses]).reshape(PROMPTS, GROUP)
     length = sorted(map(len, responses))[(len(responses) - 1) // 2] // 2
     rows = [i for i in range(0, len(responses), GROUP) if len(responses[i]) > length]
     prefixes = [responses[i][:length] for i in rows]
@@ -210,17 +212,27 @@ def test_the_teacher_continues_the_first_response_to_each_problem(
         torch.arange(len(rows)),
     )
     eos = {*pair.eos, *pair.teacher.eos}
-    continued = draw(
-        config, pair.teacher.model, longer_prompts, eos, CONTINUATION, RESPONSE - length
-    )
-    gain = np.mean(
-        [
-            grade(pair, prefix + ids) - grade(pair, responses[i])
-            for i, prefix, ids in zip(rows, prefixes, response_ids(continued), strict=True)
-        ]
-    )
+    task = load_problem_task(config, pair)
+    first_prompts = encode_prompts(pair.tokenizer, task.train(0, PROMPTS), 1, 64)
+    gains = set()
+    for seed in (config.seed, 4, 5, 6):
+        seeded = with_settings(config, seed=seed)
+        continued = draw(
+            seeded, pair.teacher.model, longer_prompts, eos, CONTINUATION, RESPONSE - length
+        )
+        expected = np.mean(
+            [
+                grade(pair, prefix + ids) - grade(pair, responses[i])
+                for i, prefix, ids in zip(rows, prefixes, response_ids(continued), strict=True)
+            ]
+        )
+        measured = measure.continuation_values(
+            seeded, pair, task, first_prompts, sampled[1], correct
+        )
+        assert measured["continuation_gain"] == pytest.approx(expected)
+        gains.add(expected)
     assert values["continuation_length"] == length > 0
-    assert values["continuation_gain"] == pytest.approx(gain)
+    assert len(gains) > 1, "the test needs gains that depend on what the teacher writes"
 
 
 def test_equal_seeds_give_equal_numbers_and_folders_may_be_paths(tiny_pair) -> None:

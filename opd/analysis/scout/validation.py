@@ -1,0 +1,369 @@
+"""Test of the forecasts on pairs, or families of regimes, that they were not made from.
+
+Every pair (or family) is left out in turn; everything is fitted again without it, the choice of
+the covariance and its penalty included; and its runs are forecast. The scores are set beside single
+predictors of published work on the same runs, which are given their best sign.
+
+Shapes: n runs, R predictors.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from diagnostics.errors import InvalidInput
+from diagnostics.stats import bootstrap_interval
+from opd.analysis.scout.bank import FEATURES, PREDICTORS, Array, Bank
+from opd.analysis.scout.forecast import (
+    average_pair_gain,
+    fit_collapse,
+    fit_gain,
+    forecast_collapse,
+    forecast_gain,
+)
+from opd.analysis.scout.scores import auroc, spearman_within
+
+FORECAST = "forecast"
+RESAMPLES = 400
+"""Bootstrap samples of pairs."""
+MIN_PAIRS, MIN_FAMILIES, MIN_COLLAPSED = 8, 3, 5
+"""Fewest pairs and families of a bank that forecasts; fewest pairs with a collapse, and without."""
+
+Interval = tuple[float, float, float]
+"""A value and the ends of its 95 % interval over pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOutForecasts:
+    """Forecasts of every run of a bank by models made without its pair or family, (n,) each."""
+
+    gain: Array
+    gain_low: Array
+    gain_high: Array
+    feature_effect: Array
+    """Forecast gain minus that of the same model and method for a pair with mean features. Means
+    that leave a run out are lower for the runs that gained more, which would pass for the opposite
+    of skill."""
+    method_average: Array
+    """Mean gain of the method's other runs, of all other runs where it has none."""
+    collapse: Array
+    """Probability."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores of the forecasts with each pair, or each family, left out."""
+
+    unit: str
+    num_runs: int
+    num_pairs: int
+    num_families: int
+    num_collapsed_pairs: int
+    """Pairs with a run that collapsed."""
+    spearman: Mapping[str, Interval]
+    """Predictor -> rank correlation with the gain within methods; of the forecast, that of its
+    feature effect."""
+    spearman_lead: Interval
+    """The forecast's correlation minus that of the best single predictor."""
+    auroc: Mapping[str, Interval]
+    """Predictor -> area under the ROC curve of a collapse."""
+    auroc_lead: Interval
+    """The forecast's area minus that of the best single predictor."""
+    coverage: Interval
+    """Share of runs in the interval of their gain, nominally `forecast.LEVEL`."""
+    width: float
+    """Mean width of these intervals."""
+    error: Interval
+    """Mean absolute error of the forecast gain."""
+    error_lead: Interval
+    """Mean absolute error of the method's average gain minus that of the forecast."""
+    regret: Interval
+    """Mean over pairs of the best method's gain minus that of the method with the best forecast."""
+    average_regret: Interval
+    """The same of the method with the best average gain in other pairs."""
+
+
+def leave_out(bank: Bank, unit: str) -> LeftOutForecasts:
+    """Forecast each pair or family from the others.
+
+    Args:
+        bank: The runs.
+        unit: "pair" or "family".
+
+    Returns:
+        The forecasts.
+    """
+    labels: Array = getattr(bank, unit)
+    columns = {name: np.full(len(bank), math.nan) for name in LeftOutForecasts.__annotations__}
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        others = bank.rows(labels != label)
+        query = bank.rows(rows)
+        model = fit_gain(others, getattr(others, unit))
+        gains = forecast_gain(model, query.features, query.method, query.start)
+        columns["gain"][rows], columns["gain_low"][rows], columns["gain_high"][rows] = gains
+        columns["feature_effect"][rows] = gains[0] - average_pair_gain(model, query.method)
+        columns["collapse"][rows] = forecast_collapse(
+            fit_collapse(others), query.features, query.method
+        )[0]
+        for row in rows:
+            same_method = others.method == bank.method[row]
+            average = others.gain[same_method] if same_method.any() else others.gain
+            columns["method_average"][row] = average.mean()
+    return LeftOutForecasts(**columns)
+
+
+def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -> Validation:
+    """Score the forecasts of runs whose pair or family was left out.
+
+    Args:
+        bank: The runs.
+        unit: "pair" or "family".
+        seed: Seed of the bootstrap over pairs.
+        resamples: Bootstrap samples.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InvalidInput: Too few pairs or families.
+    """
+    if (num_groups := len(np.unique(getattr(bank, unit)))) < MIN_FAMILIES:
+        raise InvalidInput(
+            f"the bank has {num_groups} different values of {unit}; to leave out each in turn, "
+            f"{MIN_FAMILIES} are needed"
+        )
+    forecasts = leave_out(bank, unit)
+    pairs, pair_index = np.unique(bank.pair, return_inverse=True)
+    rows_of_pair = [np.flatnonzero(pair_index == i) for i in range(len(pairs))]
+
+    def scores(sample: Array) -> Array:
+        """Return all scores of a resample of pairs."""
+        drawn_pairs = sample.astype(int)
+        rows = np.concatenate([rows_of_pair[i] for i in drawn_pairs])
+        # a pair that is drawn twice is two pairs
+        copies = np.repeat(np.arange(len(drawn_pairs)), [len(rows_of_pair[i]) for i in drawn_pairs])
+        values = all_scores(bank, forecasts, signs, rows, copies)
+        # without a collapse, or with nothing else, an order of runs tells nothing
+        chance = [0.5 if name.startswith("auroc ") else 0.0 for name in values]
+        return np.where(np.isnan(list(values.values())), chance, list(values.values()))
+
+    signs = best_signs(bank)
+    everything = np.arange(len(pairs))
+    values = all_scores(bank, forecasts, signs, np.arange(len(bank)), pair_index)
+    generator = np.random.default_rng(seed)
+    low, high = bootstrap_interval(everything, scores, generator, resamples=resamples)
+    intervals = {
+        name: (float(value), float(low[i]), float(high[i]))
+        for i, (name, value) in enumerate(values.items())
+    }
+    names = [FORECAST, *PREDICTORS]
+    return Validation(
+        unit=unit,
+        num_runs=len(bank),
+        num_pairs=len(pairs),
+        num_families=len(np.unique(bank.family)),
+        num_collapsed_pairs=len(np.unique(bank.pair[bank.collapsed])),
+        spearman={name: intervals[f"spearman {name}"] for name in names},
+        spearman_lead=intervals["spearman lead"],
+        auroc={name: intervals[f"auroc {name}"] for name in names},
+        auroc_lead=intervals["auroc lead"],
+        coverage=intervals["coverage"],
+        width=float(np.mean(forecasts.gain_high - forecasts.gain_low)),
+        error=intervals["error"],
+        error_lead=intervals["error lead"],
+        regret=intervals["regret"],
+        average_regret=intervals["average regret"],
+    )
+
+
+@dataclass(frozen=True)
+class Signs:
+    """1 or -1 for each single predictor: the sign with which it is best on the whole bank."""
+
+    gain: Mapping[str, float]
+    collapse: Mapping[str, float]
+
+
+def best_signs(bank: Bank) -> Signs:
+    """Return the signs of the single predictors."""
+    columns = {name: _predictor(bank, name) for name in PREDICTORS}
+    return Signs(
+        {
+            name: -1.0 if spearman_within(column, bank.gain, bank.method) < 0 else 1.0
+            for name, column in columns.items()
+        },
+        {
+            name: -1.0 if auroc(column, bank.collapsed) < 0.5 else 1.0
+            for name, column in columns.items()
+        },
+    )
+
+
+def _predictor(bank: Bank, name: str) -> Array:
+    column: Array = bank.features[:, list(FEATURES).index(PREDICTORS[name])]
+    return column
+
+
+def all_scores(
+    bank: Bank, forecasts: LeftOutForecasts, signs: Signs, rows: Array, pair: Array
+) -> dict[str, float]:
+    """Return the scores of some runs.
+
+    Args:
+        bank: The runs.
+        forecasts: Their forecasts.
+        signs: Signs of the single predictors.
+        rows: (m,) indices of the runs, with repetition in a resample.
+        pair: (m,) labels of their pairs.
+
+    Returns:
+        Scores by name.
+    """
+    method, gain, collapsed = bank.method[rows], bank.gain[rows], bank.collapsed[rows]
+    spearmans = {FORECAST: spearman_within(forecasts.feature_effect[rows], gain, method)}
+    areas = {FORECAST: auroc(forecasts.collapse[rows], collapsed)}
+    for name in PREDICTORS:
+        column = _predictor(bank, name)[rows]
+        spearmans[name] = spearman_within(signs.gain[name] * column, gain, method)
+        areas[name] = auroc(signs.collapse[name] * column, collapsed)
+    is_covered = (forecasts.gain_low[rows] <= gain) & (gain <= forecasts.gain_high[rows])
+    error = float(np.abs(forecasts.gain[rows] - gain).mean())
+    average_error = float(np.abs(forecasts.method_average[rows] - gain).mean())
+    return {
+        **{f"spearman {name}": value for name, value in spearmans.items()},
+        "spearman lead": _lead(spearmans),
+        **{f"auroc {name}": value for name, value in areas.items()},
+        "auroc lead": _lead(areas),
+        "coverage": float(is_covered.mean()),
+        "error": error,
+        "error lead": average_error - error,
+        "regret": mean_regret(forecasts.gain[rows], gain, method, pair),
+        "average regret": mean_regret(forecasts.method_average[rows], gain, method, pair),
+    }
+
+
+def _lead(values: Mapping[str, float]) -> float:
+    """Return the forecast's score minus the best single predictor's."""
+    singles = [value for name, value in values.items() if name != FORECAST]
+    return values[FORECAST] - max(singles)
+
+
+def mean_regret(forecast: Array, gain: Array, method: Array, pair: Array) -> float:
+    """Return the mean over pairs of the best method's gain minus that of the method that is taken.
+
+    Of each pair, the method with the highest mean forecast is taken; gains of a method are averaged
+    over its runs.
+
+    Args:
+        forecast: (n,) forecast gains.
+        gain: (n,) gains.
+        method: (n,) methods.
+        pair: (n,) pairs.
+
+    Returns:
+        The regret; NaN if no pair has two methods.
+    """
+    regrets = []
+    for label in np.unique(pair):
+        rows = pair == label
+        names = np.unique(method[rows])
+        if len(names) < 2:
+            continue
+        by_method = [rows & (method == name) for name in names]
+        gains = np.array([gain[index].mean() for index in by_method])
+        forecasts = np.array([forecast[index].mean() for index in by_method])
+        regrets.append(gains.max() - gains[forecasts.argmax()])
+    return float(np.mean(regrets)) if regrets else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Whether a bank forecasts, by its test with families left out."""
+
+    validation: Validation | None
+    """The test; None for a bank that is too small for it."""
+    gain_doubts: tuple[str, ...]
+    """Why gains are not forecast; empty if they are."""
+    collapse_doubts: tuple[str, ...]
+    """Why collapses are not forecast; empty if they are."""
+
+    @property
+    def chooses_method(self) -> bool:
+        """Whether the forecast chooses methods better than their average gains do."""
+        if self.validation is None or self.gain_doubts:
+            return False
+        return self.validation.regret[0] < self.validation.average_regret[0]
+
+
+def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
+    """Decide whether a bank forecasts.
+
+    Gains are forecast if, with each family left out, the rank correlation of forecast and gain
+    within methods has a 95 % interval above 0 and exceeds that of every single predictor, and the
+    forecast's mean error is below that of each method's average gain. Collapses are forecast if the
+    area under the ROC curve has a 95 % interval above 1/2, and MIN_COLLAPSED pairs or more have a
+    run that collapsed and as many have none. Both need MIN_PAIRS pairs in MIN_FAMILIES families.
+
+    Args:
+        bank: The runs.
+        seed: Seed of the bootstrap.
+        resamples: Bootstrap samples.
+
+    Returns:
+        The verdict.
+    """
+    counts = (
+        (len(np.unique(bank.pair)), MIN_PAIRS, "pairs"),
+        (len(np.unique(bank.family)), MIN_FAMILIES, "families"),
+    )
+    too_small = tuple(
+        f"the bank has {count} {noun}; {fewest} are needed"
+        for count, fewest, noun in counts
+        if count < fewest
+    )
+    if too_small:
+        return Verdict(None, too_small, too_small)
+    validation = validate(bank, "family", seed, resamples)
+    return Verdict(validation, _gain_doubts(validation), _collapse_doubts(validation))
+
+
+def _gain_doubts(validation: Validation) -> tuple[str, ...]:
+    doubts = []
+    value, low, high = validation.spearman[FORECAST]
+    if not low > 0:
+        doubts.append(
+            f"the rank correlation of forecast and gain in families that were left out is "
+            f"{value:.2f} [{low:.2f}, {high:.2f}], not clear of 0"
+        )
+    if not validation.spearman_lead[0] > 0:
+        best = max(PREDICTORS, key=lambda name: validation.spearman[name][0])
+        doubts.append(
+            f"{best} alone orders runs as well: {validation.spearman[best][0]:.2f} against "
+            f"{value:.2f}"
+        )
+    if not validation.error_lead[0] > 0:
+        doubts.append(
+            f"the forecast's mean error is {validation.error[0]:.3f}, and that of each method's "
+            f"average gain {validation.error[0] + validation.error_lead[0]:.3f}"
+        )
+    return tuple(doubts)
+
+
+def _collapse_doubts(validation: Validation) -> tuple[str, ...]:
+    num_collapsed = validation.num_collapsed_pairs
+    num_stable = validation.num_pairs - num_collapsed
+    if min(num_collapsed, num_stable) < MIN_COLLAPSED:
+        return (
+            f"the bank has {num_collapsed} pairs with a collapse and {num_stable} without; "
+            f"{MIN_COLLAPSED} of each are needed",
+        )
+    value, low, high = validation.auroc[FORECAST]
+    if not low > 0.5:
+        return (
+            f"the area under the ROC curve of collapses in families that were left out is "
+            f"{value:.2f} [{low:.2f}, {high:.2f}], not clear of 0.5",
+        )
+    return ()

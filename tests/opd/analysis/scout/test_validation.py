@@ -1,0 +1,163 @@
+"""The test of forecasts on banks with a known truth, on noise, and on features that leak a pair."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diagnostics.errors import InvalidInput
+from opd.analysis.scout.bank import FEATURES, PREDICTORS
+from opd.analysis.scout.forecast import LEVEL, fit_gain, forecast_gain
+from opd.analysis.scout.scores import auroc, spearman_within
+from opd.analysis.scout.validation import (
+    FORECAST,
+    all_scores,
+    best_signs,
+    judge,
+    leave_out,
+    mean_regret,
+    validate,
+)
+from tests.helpers.scout_banks import synthetic_bank
+
+EFFECTS = {
+    "continuation_gain": 0.06,
+    "accuracy_gap": 0.05,
+    "log_reverse_kl": -0.05,
+    "special_signal": -0.05,
+    "log_snr": 0.04,
+}
+
+
+def test_a_linear_truth_is_forecast_with_nominal_coverage() -> None:
+    bank = synthetic_bank(0, effects=EFFECTS, families=6, pairs=6, methods=4)
+    verdict = judge(bank, resamples=100)
+    assert verdict.gain_doubts == verdict.collapse_doubts == ()
+    validation = verdict.validation
+    assert validation is not None
+    assert validation.spearman[FORECAST][0] > 0.7
+    assert validation.auroc[FORECAST][0] > 0.8
+    value, low, high = validation.coverage
+    assert low <= LEVEL <= high
+    assert value > 0.8
+    counts = (validation.num_runs, validation.num_pairs, validation.num_families)
+    assert counts == (144, 36, 6)
+
+
+def test_noise_is_not_forecast() -> None:
+    """Whatever the seed: a false alarm has a probability of a few percent."""
+    verdicts = [
+        judge(synthetic_bank(s, effects={}, families=4, pairs=4, methods=3), s, resamples=60)
+        for s in range(8)
+    ]
+    assert sum(not verdict.gain_doubts for verdict in verdicts) <= 1
+    assert not any(verdict.chooses_method for verdict in verdicts if verdict.gain_doubts)
+    assert all("not clear of 0" in " ".join(v.gain_doubts) for v in verdicts if v.gain_doubts)
+
+
+def test_features_that_identify_a_pair_do_not_help_when_it_is_left_out() -> None:
+    """The runs of a pair share most of their gain; a code of the pair would give it away."""
+    bank = synthetic_bank(
+        1, effects={}, families=4, pairs=5, methods=4, pair_noise=0.1, features="codes"
+    )
+    peers = (bank.features[:, None, 0] == bank.features[None, :, 0]) & ~np.eye(
+        len(bank), dtype=bool
+    )
+    nearest = peers @ bank.gain / peers.sum(1)
+    assert spearman_within(nearest, bank.gain, bank.method) > 0.8, "the code gives the pair away"
+    for unit in ("pair", "family"):
+        value, low, _ = validate(bank, unit, resamples=100).spearman[FORECAST]
+        assert low <= 0, (unit, value)
+
+
+@pytest.mark.parametrize("unit", ["pair", "family"])
+def test_outcomes_that_are_left_out_do_not_change_their_forecasts(unit: str) -> None:
+    effects = {name: effect / 4 for name, effect in EFFECTS.items()}
+    bank = synthetic_bank(2, effects=effects, families=4, pairs=4, methods=2)
+    forecasts = leave_out(bank, unit)
+    label = getattr(bank, unit)[5]
+    rows = getattr(bank, unit) == label
+    changed_bank = replace(
+        bank,
+        gain=np.where(rows, -bank.gain, bank.gain),
+        collapsed=np.where(rows, ~bank.collapsed, bank.collapsed),
+    )
+    changed_forecasts = leave_out(changed_bank, unit)
+    for name, column in vars(forecasts).items():
+        assert np.array_equal(column[rows], getattr(changed_forecasts, name)[rows]), name
+        assert not np.array_equal(column[~rows], getattr(changed_forecasts, name)[~rows]), name
+    model = fit_gain(bank.rows(~rows), getattr(bank, unit)[~rows])
+    expected = forecast_gain(model, bank.features[rows], bank.method[rows], bank.start[rows])
+    columns = (forecasts.gain, forecasts.gain_low, forecasts.gain_high)
+    for column, values in zip(columns, expected, strict=True):
+        assert column[rows] == pytest.approx(values)
+    for row in np.flatnonzero(rows):
+        peers = ~rows & (bank.method == bank.method[row])
+        assert forecasts.method_average[row] == pytest.approx(bank.gain[peers].mean())
+
+
+def test_scores_beside_single_predictors_with_their_best_sign() -> None:
+    bank = synthetic_bank(3, effects=EFFECTS, families=3, pairs=4, methods=3, pair_noise=0.1)
+    forecasts, signs = leave_out(bank, "pair"), best_signs(bank)
+    pair = np.unique(bank.pair, return_inverse=True)[1]
+    scores = all_scores(bank, forecasts, signs, np.arange(len(bank)), pair)
+    for name, feature in PREDICTORS.items():
+        column = bank.features[:, list(FEATURES).index(feature)]
+        rho, area = spearman_within(column, bank.gain, bank.method), auroc(column, bank.collapsed)
+        assert scores[f"spearman {name}"] == pytest.approx(abs(rho))
+        assert scores[f"auroc {name}"] == pytest.approx(max(area, 1 - area))
+    rho = spearman_within(forecasts.feature_effect, bank.gain, bank.method)
+    assert scores["spearman forecast"] == pytest.approx(rho)
+    best = max(scores[f"spearman {name}"] for name in PREDICTORS)
+    assert scores["spearman lead"] == pytest.approx(rho - best)
+    best = max(scores[f"auroc {name}"] for name in PREDICTORS)
+    area = auroc(forecasts.collapse, bank.collapsed)
+    assert scores["auroc lead"] == pytest.approx(area - best)
+    errors = [np.abs(x - bank.gain).mean() for x in (forecasts.gain, forecasts.method_average)]
+    assert scores["error"] == pytest.approx(errors[0])
+    assert scores["error lead"] == pytest.approx(errors[1] - errors[0])
+    is_covered = [
+        low <= gain <= high
+        for low, gain, high in zip(forecasts.gain_low, bank.gain, forecasts.gain_high, strict=True)
+    ]
+    assert scores["coverage"] == pytest.approx(np.mean(is_covered))
+
+
+def test_regret_is_the_gain_that_the_choice_of_a_method_loses() -> None:
+    pair = np.array(["a", "a", "a", "b", "b", "c"])
+    method = np.array(["x", "x", "y", "x", "y", "x"])
+    gain = np.array([0.1, 0.3, 0.5, 0.4, 0.1, 9.0])
+    forecast = np.array([0.6, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert mean_regret(forecast, gain, method, pair) == pytest.approx((0.5 - 0.2 + 0.0) / 2)
+    assert mean_regret(-forecast, gain, method, pair) == pytest.approx((0.0 + 0.4 - 0.1) / 2)
+    assert math.isnan(mean_regret(forecast[5:], gain[5:], method[5:], pair[5:]))
+
+
+def test_a_pair_is_resampled_with_all_of_its_runs() -> None:
+    """Copies of every run change no interval: pairs are the sampling unit, and not runs."""
+    bank = synthetic_bank(4, effects=EFFECTS, families=3, pairs=3, methods=2)
+    twice = bank.rows(np.repeat(np.arange(len(bank)), 2))
+    intervals = []
+    for runs in (bank, twice):
+        low, high = validate(runs, "pair", resamples=80).error_lead[1:]
+        intervals.append(high - low)
+    assert intervals[1] == pytest.approx(intervals[0], rel=0.3)
+
+
+def test_a_small_bank_does_not_forecast_and_says_how_many_are_needed() -> None:
+    small = synthetic_bank(5, effects=EFFECTS, families=2, pairs=3, methods=2)
+    verdict = judge(small)
+    assert verdict.validation is None
+    assert verdict.gain_doubts == (
+        "the bank has 6 pairs; 8 are needed",
+        "the bank has 2 families; 3 are needed",
+    )
+    assert verdict.collapse_doubts == verdict.gain_doubts
+    assert not verdict.chooses_method
+    with pytest.raises(InvalidInput, match="2 different values of family"):
+        validate(small, "family")
+    calm = synthetic_bank(6, effects={}, families=3, pairs=3, methods=2)
+    assert judge(calm, resamples=20).collapse_doubts == (
+        "the bank has 0 pairs with a collapse and 9 without; 5 of each are needed",
+    )
