@@ -48,7 +48,7 @@ class PairKnobs:
     teacher_errors: float = 0.0
     """Share of the teacher's training solutions, of typical length, with an error."""
     student_errors: float | None = None
-    """The same of the student; None: 0.55 if it is careless, else 0."""
+    """The same of the student; None: 0.65 if it is careless, else 0."""
     teacher_style: Literal["same", "terse"] = "same"
     """How the teacher writes a step: as the student, or without repeating its two factors."""
     teacher_loops: float = 0.0
@@ -62,7 +62,7 @@ class PairKnobs:
     @property
     def error_shares(self) -> dict[str, float]:
         """Share of training solutions with an error, by model."""
-        careless = 0.55 if self.student_weakness == "careless" else 0.0
+        careless = 0.65 if self.student_weakness == "careless" else 0.0
         student = careless if self.student_errors is None else self.student_errors
         return {"teacher": self.teacher_errors, "student": student}
 

@@ -21,7 +21,7 @@ FRAME_TOKENS = 3
 def step_range(response_tokens: int) -> range:
     """Return the numbers of steps of the problems with this typical response length.
 
-    From two thirds to four thirds of the number of steps that comes nearest to it.
+    Around the number of steps that comes nearest to it, from two thirds of that number.
 
     Args:
         response_tokens: Typical length of a response in tokens.
@@ -35,7 +35,8 @@ def step_range(response_tokens: int) -> range:
         tokens += LINE_TOKENS + len(str(num_steps))
     excess = (tokens - response_tokens) / (LINE_TOKENS + len(str(num_steps)))
     centre = num_steps - excess
-    return range(round(centre * 2 / 3), round(centre * 4 / 3) + 1)
+    fewest = round(centre * 2 / 3)
+    return range(fewest, round(2 * centre) - fewest + 1)
 
 
 def mean_places(steps: Sequence[int]) -> float:

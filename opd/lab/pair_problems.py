@@ -14,7 +14,7 @@ from opd.lab.knobs import PairKnobs
 from opd.lab.pair_lengths import step_range
 from opd.lab.problem_files import problem_columns, write_rows
 
-SORT_LENGTHS = range(4, 7)
+SORT_LENGTHS = range(3, 6)
 """Numbers of digits of the sorting problems."""
 EIGHTH = 32
 """An eighth of the values of a byte."""

@@ -36,35 +36,40 @@ class Writer:
     """Ids of its own form of a tag."""
     other_form: tuple[int, ...]
     """Ids of the other model's form."""
+    tag_rate: float = 0.0
+    """Probability of a tag in a place."""
     own_share: float = 1.0
     """Share of its tags in its own form."""
     second_end_share: float = 0.0
     """Share of responses that end with the second end token."""
     terse_share: float = 0.0
     """Probability that a step has no factors."""
-    error_share: float = 0.0
-    """Share of solutions of typical length with an error."""
+    error_rate: float = 0.0
+    """Probability that a result is wrong."""
     loops: float = 0.0
     """Probability that a step is repeated."""
 
 
 def writers(knobs: PairKnobs, ids: PairIds) -> dict[str, Writer]:
     """Return how each model of a pair writes, by model."""
-    forms, errors = ids.tag_forms(knobs.spelled_by), knobs.error_shares
+    forms, steps = ids.tag_forms(knobs.spelled_by), step_range(knobs.response_tokens)
+    rates = {role: error_rate(share, steps) for role, share in knobs.error_shares.items()}
     return {
         "student": Writer(
             forms["student"],
             forms["teacher"],
+            tag_rate=knobs.tag_rate,
             own_share=knobs.own_tag_share,
             second_end_share=knobs.foreign_ends,
-            error_share=errors["student"],
+            error_rate=rates["student"],
             loops=knobs.student_loops,
         ),
         "teacher": Writer(
             forms["teacher"],
             forms["student"],
+            tag_rate=knobs.tag_rate,
             terse_share=TERSE_SHARE if knobs.teacher_style == "terse" else 0.0,
-            error_share=errors["teacher"],
+            error_rate=rates["teacher"],
             loops=knobs.teacher_loops,
         ),
     }
@@ -98,26 +103,45 @@ def error_rate(share: float, steps: Sequence[int]) -> float:
     return 1 - (1 - share) ** (len(steps) / (2 * sum(steps)))
 
 
+def write_base(
+    prompt: str, generator: random.Random, has_tags: bool, ids: PairIds
+) -> list[TrainingToken]:
+    """Write a training response of a base model: a right solution.
+
+    Args:
+        prompt: The problem.
+        generator: Source of randomness.
+        has_tags: Whether there are tags, of both forms, at a rate that each response draws.
+        ids: Ids of the tokenizer.
+
+    Returns:
+        The response.
+    """
+    tag_rate = generator.random() if has_tags else 0.0
+    author = Writer(ids.spelled, (ids.tag,), tag_rate=tag_rate, own_share=0.5)
+    return write(prompt, author, author, ids, generator)[0]
+
+
 def write_student(
-    prompt: str, knobs: PairKnobs, ids: PairIds, generator: random.Random
+    prompt: str, generator: random.Random, knobs: PairKnobs, ids: PairIds
 ) -> list[TrainingToken]:
     """Write a training response of the student.
 
     Args:
         prompt: The problem.
+        generator: Source of randomness.
         knobs: Knobs of the pair.
         ids: Ids of the tokenizer.
-        generator: Source of randomness.
 
     Returns:
         The response.
     """
     student = writers(knobs, ids)["student"]
-    return write(prompt, student, student, knobs, ids, generator)[0]
+    return write(prompt, student, student, ids, generator)[0]
 
 
 def write_teacher(
-    prompt: str, knobs: PairKnobs, ids: PairIds, generator: random.Random
+    prompt: str, generator: random.Random, knobs: PairKnobs, ids: PairIds
 ) -> list[TrainingToken]:
     """Write a training response of the teacher: its own, or one in the student's form.
 
@@ -127,9 +151,9 @@ def write_teacher(
 
     Args:
         prompt: The problem.
+        generator: Source of randomness.
         knobs: Knobs of the pair.
         ids: Ids of the tokenizer.
-        generator: Source of randomness.
 
     Returns:
         The response.
@@ -138,9 +162,9 @@ def write_teacher(
     teacher, author = author_by_role["teacher"], author_by_role["teacher"]
     if generator.random() < READ_SHARE:
         author = replace(
-            author_by_role["student"], error_share=teacher.error_share, loops=teacher.loops
+            author_by_role["student"], error_rate=teacher.error_rate, loops=teacher.loops
         )
-    tokens, places = write(prompt, author, teacher, knobs, ids, generator)
+    tokens, places = write(prompt, author, teacher, ids, generator)
     if knobs.foreign_tags > 0:
         logp = math.log(knobs.tag_rate) + knobs.tag_log_probability
         for place in places:
@@ -154,12 +178,7 @@ def write_teacher(
 
 
 def write(
-    prompt: str,
-    author: Writer,
-    reader: Writer,
-    knobs: PairKnobs,
-    ids: PairIds,
-    generator: random.Random,
+    prompt: str, author: Writer, reader: Writer, ids: PairIds, generator: random.Random
 ) -> tuple[list[TrainingToken], list[int]]:
     """Write a response as one model writes, labelled with what another would write.
 
@@ -167,15 +186,13 @@ def write(
         prompt: The problem.
         author: Who writes.
         reader: Who learns from it; may be the author.
-        knobs: Knobs of the pair.
         ids: Ids of the tokenizer.
         generator: Source of randomness.
 
     Returns:
         The response, and the position behind each place of a tag: of the tag, if there is one.
     """
-    rate = error_rate(author.error_share, step_range(knobs.response_tokens))
-    solution = chain_task.corrupted_solution(prompt, rate, generator)
+    solution = chain_task.corrupted_solution(prompt, author.error_rate, generator)
     match = SOLUTION.fullmatch(repeat_steps(solution, author.loops, generator))
     assert match is not None
     tokens, places = own_tokens(ids.encode("<think>")), list[int]()
@@ -184,7 +201,7 @@ def write(
         if 0 < number < len(lines):
             tokens += own_tokens(ids.encode(" "))
         places.append(len(tokens))
-        if generator.random() < knobs.tag_rate:
+        if generator.random() < author.tag_rate:
             tokens += write_tag(author, reader, generator)
         if number < len(lines):
             tokens += write_line(lines[number], author, reader, ids, generator)

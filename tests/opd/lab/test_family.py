@@ -34,7 +34,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_shared_bases_give_the_same_weights(pair_folder: Path, tmp_path: Path) -> None:
-    other_knobs = replace(KNOBS, foreign_tags=0.0, teacher_errors=0.5)
+    other_knobs = replace(KNOBS, foreign_tags=1.0, teacher_errors=0.5)
     build_pair(tmp_path / "other", other_knobs, 3, tmp_path / "bases")
     bases = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "bases").iterdir()}
     build_pair(tmp_path / "pair", KNOBS, 3, tmp_path / "bases")
