@@ -11,7 +11,7 @@ from typing import Literal
 from diagnostics.errors import InvalidInput
 from opd.config.problems import raise_problems
 from opd.lab.pair_lengths import (
-    mean_places,
+    fewest_places,
     shortest_response,
     step_range,
     tokens_for_places,
@@ -34,7 +34,8 @@ class PairKnobs:
     vocabulary: int = NUM_SPECIAL + NUM_BYTES
     """Tokens of the vocabulary, 200 to 32,000; those beyond the bytes are never written."""
     foreign_tags: float = 0.0
-    """Expected number of tags in a response, 0 to 10, which the two models write differently."""
+    """Expected number of tags in a response, 0 to 10, which the two models write differently. They
+    have fixed places: its start, its end, then those between its steps."""
     tag_log_probability: float = -8.0
     """Log-probability in nats, -20 to -2, of the student's form for a teacher that writes a tag."""
     own_tag_share: float = 0.98
@@ -65,11 +66,6 @@ class PairKnobs:
         careless = 0.65 if self.student_weakness == "careless" else 0.0
         student = careless if self.student_errors is None else self.student_errors
         return {"teacher": self.teacher_errors, "student": student}
-
-    @property
-    def tag_rate(self) -> float:
-        """Probability of a tag in one of the places of a response."""
-        return self.foreign_tags / mean_places(step_range(self.response_tokens))
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -121,11 +117,11 @@ def knob_problems(knobs: PairKnobs) -> list[str]:
     if "response_tokens" in problems:
         return messages
     steps = step_range(knobs.response_tokens)
-    if "foreign_tags" not in problems and knobs.tag_rate > 1:
+    if "foreign_tags" not in problems and knobs.foreign_tags > fewest_places(steps):
         messages.append(
-            f"foreign_tags is {knobs.foreign_tags}, but a response of {knobs.response_tokens} "
-            f"tokens has {mean_places(steps):g} places for tags on average; lower foreign_tags, or "
-            f"raise response_tokens to {tokens_for_places(knobs.foreign_tags)}"
+            f"foreign_tags is {knobs.foreign_tags}, but the shortest responses of about "
+            f"{knobs.response_tokens} tokens have {fewest_places(steps)} places for tags; lower "
+            f"foreign_tags, or raise response_tokens to {tokens_for_places(knobs.foreign_tags)}"
         )
     shortest = shortest_response(steps)
     if "response_budget" not in problems and 0 < knobs.response_budget < shortest:

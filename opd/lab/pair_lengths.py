@@ -39,14 +39,35 @@ def step_range(response_tokens: int) -> range:
     return range(fewest, round(2 * centre) - fewest + 1)
 
 
-def mean_places(steps: Sequence[int]) -> float:
-    """Return the mean number of places for tags over numbers of steps that are equally likely."""
-    return sum(steps) / len(steps) + 1
+def fewest_places(steps: Sequence[int]) -> int:
+    """Return the number of places for tags of the shortest of responses of these steps."""
+    return min(steps) + 1
 
 
 def tokens_for_places(num_places: float) -> int:
-    """Return the smallest response length with this many places for tags on average."""
-    return next(n for n in range(64, 1025) if mean_places(step_range(n)) >= num_places)
+    """Return the smallest response length with at least this many places for tags everywhere."""
+    return next(n for n in range(64, 1025) if fewest_places(step_range(n)) >= num_places)
+
+
+def tag_probabilities(num_tags: float, num_places: int) -> list[float]:
+    """Return the probability of a tag in each place of a response.
+
+    A style is certain of its tags: in the order start, end, and then the places between them, the
+    first floor(num_tags) have a tag, and the next one has it with probability num_tags -
+    floor(num_tags).
+
+    Args:
+        num_tags: Expected number of tags.
+        num_places: Places of the response.
+
+    Returns:
+        The probabilities, whose sum is the smaller of `num_tags` and `num_places`.
+    """
+    order = dict.fromkeys((0, num_places - 1, *range(1, num_places - 1)))
+    probability_by_place = {
+        place: min(1.0, max(0.0, num_tags - rank)) for rank, place in enumerate(order)
+    }
+    return [probability_by_place[place] for place in range(num_places)]
 
 
 @cache

@@ -1,7 +1,7 @@
 """Training text of the models of a pair: worked solutions with tags, ends, styles, loops, errors.
 
-A tag stands in every place of a solution (`opd.lab.pair_lengths`) with the same probability, for
-both models; they differ in the tokens that they write it in. The teacher reads the student's form
+Tags stand in the same places of a solution for both models (`opd.lab.pair_lengths`), which differ
+in the tokens that they write a tag in. The teacher reads the student's form
 as well: in part of its text, tags and ends are the student's, and the label there is what the
 teacher itself would write. What the teacher's log-probability of the student's form should be is a
 target of its own (`opd.lab.mismatch`).
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from opd.data import chain_task
 from opd.lab.knobs import PairKnobs
-from opd.lab.pair_lengths import step_range
+from opd.lab.pair_lengths import step_range, tag_probabilities
 from opd.lab.pair_tokenizer import PairIds
 from opd.lab.writing_style import repeat_steps
 
@@ -24,6 +24,8 @@ READ_SHARE = 0.5
 """Share of the teacher's training text that is written as the student writes."""
 TERSE_SHARE = 0.9
 """Probability that a terse teacher leaves out the factors of a step."""
+MAX_BASE_TAGS = 5.0
+"""Largest expected number of tags in a training response of a base model."""
 LINE = re.compile(r"(?<=:)(\d\*\d=)")
 SOLUTION = re.compile(r"<think>(.*)</think>(.*)")
 
@@ -36,8 +38,8 @@ class Writer:
     """Ids of its own form of a tag."""
     other_form: tuple[int, ...]
     """Ids of the other model's form."""
-    tag_rate: float = 0.0
-    """Probability of a tag in a place."""
+    num_tags: float = 0.0
+    """Expected number of tags in a response."""
     own_share: float = 1.0
     """Share of its tags in its own form."""
     second_end_share: float = 0.0
@@ -58,7 +60,7 @@ def writers(knobs: PairKnobs, ids: PairIds) -> dict[str, Writer]:
         "student": Writer(
             forms["student"],
             forms["teacher"],
-            tag_rate=knobs.tag_rate,
+            num_tags=knobs.foreign_tags,
             own_share=knobs.own_tag_share,
             second_end_share=knobs.foreign_ends,
             error_rate=rates["student"],
@@ -67,7 +69,7 @@ def writers(knobs: PairKnobs, ids: PairIds) -> dict[str, Writer]:
         "teacher": Writer(
             forms["teacher"],
             forms["student"],
-            tag_rate=knobs.tag_rate,
+            num_tags=knobs.foreign_tags,
             terse_share=TERSE_SHARE if knobs.teacher_style == "terse" else 0.0,
             error_rate=rates["teacher"],
             loops=knobs.teacher_loops,
@@ -111,14 +113,14 @@ def write_base(
     Args:
         prompt: The problem.
         generator: Source of randomness.
-        has_tags: Whether there are tags, of both forms, at a rate that each response draws.
+        has_tags: Whether there are tags, of both forms, in a number that each response draws.
         ids: Ids of the tokenizer.
 
     Returns:
         The response.
     """
-    tag_rate = generator.random() if has_tags else 0.0
-    author = Writer(ids.spelled, (ids.tag,), tag_rate=tag_rate, own_share=0.5)
+    num_tags = generator.uniform(0.0, MAX_BASE_TAGS) if has_tags else 0.0
+    author = Writer(ids.spelled, (ids.tag,), num_tags=num_tags, own_share=0.5)
     return write(prompt, author, author, ids, generator)[0]
 
 
@@ -145,9 +147,9 @@ def write_teacher(
 ) -> list[TrainingToken]:
     """Write a training response of the teacher: its own, or one in the student's form.
 
-    In the place of a tag, the target of the first token of the student's form is log(tag_rate) +
-    tag_log_probability, whether there is a tag or not; at the end, that of the second end token is
-    log(foreign_ends) + tag_log_probability.
+    In a place that may have a tag, the target of the first token of the student's form is
+    tag_log_probability plus the logarithm of the probability of a tag there; at the end, that of
+    the second end token is log(foreign_ends) + tag_log_probability.
 
     Args:
         prompt: The problem.
@@ -164,13 +166,12 @@ def write_teacher(
         author = replace(
             author_by_role["student"], error_rate=teacher.error_rate, loops=teacher.loops
         )
-    tokens, places = write(prompt, author, teacher, ids, generator)
-    if knobs.foreign_tags > 0:
-        logp = math.log(knobs.tag_rate) + knobs.tag_log_probability
-        for place in places:
-            tokens[place] = tokens[place]._replace(
-                foreign=author_by_role["student"].form[0], foreign_logp=logp
-            )
+    tokens, probability_by_position = write(prompt, author, teacher, ids, generator)
+    for position, probability in probability_by_position.items():
+        tokens[position] = tokens[position]._replace(
+            foreign=author_by_role["student"].form[0],
+            foreign_logp=math.log(probability) + knobs.tag_log_probability,
+        )
     if knobs.foreign_ends > 0:
         logp = math.log(knobs.foreign_ends) + knobs.tag_log_probability
         tokens[-1] = tokens[-1]._replace(foreign=ids.second_end, foreign_logp=logp)
@@ -179,7 +180,7 @@ def write_teacher(
 
 def write(
     prompt: str, author: Writer, reader: Writer, ids: PairIds, generator: random.Random
-) -> tuple[list[TrainingToken], list[int]]:
+) -> tuple[list[TrainingToken], dict[int, float]]:
     """Write a response as one model writes, labelled with what another would write.
 
     Args:
@@ -190,25 +191,27 @@ def write(
         generator: Source of randomness.
 
     Returns:
-        The response, and the position behind each place of a tag: of the tag, if there is one.
+        The response, and the probability of a tag by the position behind each place that may have
+        one: the position of the tag, if it is there.
     """
     solution = chain_task.corrupted_solution(prompt, author.error_rate, generator)
     match = SOLUTION.fullmatch(repeat_steps(solution, author.loops, generator))
     assert match is not None
-    tokens, places = own_tokens(ids.encode("<think>")), list[int]()
+    tokens, probability_by_position = own_tokens(ids.encode("<think>")), dict[int, float]()
     lines = match[1].split(" ")
-    for number in range(len(lines) + 1):
+    for number, probability in enumerate(tag_probabilities(author.num_tags, len(lines) + 1)):
         if 0 < number < len(lines):
             tokens += own_tokens(ids.encode(" "))
-        places.append(len(tokens))
-        if generator.random() < author.tag_rate:
-            tokens += write_tag(author, reader, generator)
+        if probability > 0:
+            probability_by_position[len(tokens)] = probability
+            if generator.random() < probability:
+                tokens += write_tag(author, reader, generator)
         if number < len(lines):
             tokens += write_line(lines[number], author, reader, ids, generator)
     tokens += own_tokens(ids.encode("</think>" + match[2]))
     end = ids.second_end if generator.random() < author.second_end_share else ids.end
     label = end if author is reader else ids.end
-    return [*tokens, TrainingToken(end, label)], places
+    return [*tokens, TrainingToken(end, label)], probability_by_position
 
 
 def own_tokens(ids: Iterable[int]) -> list[TrainingToken]:

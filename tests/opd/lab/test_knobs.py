@@ -22,7 +22,11 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("vocabulary", True, "vocabulary is True"),
     ("foreign_tags", -0.1, "foreign_tags is -0.1; choose a number from 0 to 10"),
     ("foreign_tags", float("nan"), "foreign_tags is nan"),
-    ("foreign_tags", 6.0, "has 5.5 places for tags on average; lower foreign_tags, or raise"),
+    (
+        "foreign_tags",
+        4.5,
+        "have 4 places for tags; lower foreign_tags, or raise response_tokens to",
+    ),
     ("tag_log_probability", -1.9, "tag_log_probability is -1.9; choose a number from -20 to -2"),
     ("own_tag_share", 0.4, "own_tag_share is 0.4; choose a number from 0.5 to 1"),
     ("spelled_by", "nobody", "spelled_by is 'nobody'; choose one of student, teacher"),

@@ -10,7 +10,12 @@ import pytest
 
 from opd.data.chain_task import all_prompts, grade, solve
 from opd.lab.knobs import PairKnobs
-from opd.lab.pair_lengths import longest_response, mean_places, shortest_response, step_range
+from opd.lab.pair_lengths import (
+    longest_response,
+    shortest_response,
+    step_range,
+    tag_probabilities,
+)
 from opd.lab.pair_text import (
     READ_SHARE,
     TERSE_SHARE,
@@ -70,22 +75,32 @@ def share_error(share: float, count: int) -> float:
 
 
 @pytest.mark.parametrize("write", [write_student, write_teacher])
-@pytest.mark.parametrize(("foreign_tags", "response_tokens"), [(0.1, 64), (2.5, 64), (9.0, 130)])
+@pytest.mark.parametrize(("foreign_tags", "response_tokens"), [(0.1, 64), (2.5, 64), (9.0, 200)])
 def test_tags_are_as_many_as_asked_for(
     write: Write, foreign_tags: float, response_tokens: int
 ) -> None:
     knobs = PairKnobs(foreign_tags=foreign_tags, response_tokens=response_tokens)
     texts = responses(write, knobs)
     num_tags = [len(strip_tags(tokens)[1]) for _, tokens in texts]
-    # a binomial given the number of steps, whose mean is that number plus 1 times the rate
-    rate = foreign_tags / mean_places(step_range(response_tokens))
-    steps = step_range(response_tokens)
-    variance = sum((n + 1) * rate * (1 - rate) for n in steps) / len(steps)
-    mean_steps = sum(steps) / len(steps)
-    variance += sum((rate * (n - mean_steps)) ** 2 for n in steps) / len(steps)
-    error = 4 * math.sqrt(variance / len(texts))
-    assert abs(sum(num_tags) / len(texts) - foreign_tags) < error
-    assert max(num_tags) <= steps[-1] + 1
+    assert set(num_tags) == {math.floor(foreign_tags), math.ceil(foreign_tags)}
+    error = share_error(foreign_tags % 1, len(texts))
+    assert abs(sum(num_tags) / len(texts) - foreign_tags) <= error
+
+
+def test_certain_tags_stand_at_the_start_then_the_end_then_between() -> None:
+    assert tag_probabilities(0.25, 4) == [0.25, 0, 0, 0]
+    assert tag_probabilities(1.5, 4) == [1, 0, 0, 0.5]
+    assert tag_probabilities(2.75, 5) == [1, 0.75, 0, 0, 1]
+    assert tag_probabilities(9.0, 3) == [1, 1, 1]
+    assert tag_probabilities(0.0, 1) == [0]
+    for num_places in range(4, 9):
+        assert sum(tag_probabilities(3.2, num_places)) == pytest.approx(3.2)
+    knobs = PairKnobs(foreign_tags=2.0, student_errors=0.0, own_tag_share=1.0)
+    start, end = IDS.pieces["<think>"], IDS.pieces["</think>"]
+    for _, tokens in responses(write_student, knobs)[:100]:
+        ids = tuple(token.token for token in tokens)
+        assert ids[:4] == (start, *IDS.spelled)
+        assert ids[ids.index(end) - 3 : ids.index(end)] == IDS.spelled
 
 
 def test_a_response_without_its_tags_is_the_solution() -> None:
@@ -111,18 +126,19 @@ def test_each_model_writes_its_own_form(speller: str) -> None:
     assert abs(forms[own] / forms.total() - expected) < share_error(expected, NUM_RESPONSES)
 
 
-def test_the_teacher_is_labelled_with_its_own_form_and_has_a_target_in_every_place() -> None:
+def test_the_teacher_is_labelled_with_its_own_form_and_has_a_target_where_a_tag_may_be() -> None:
     knobs = PairKnobs(
-        foreign_tags=3.0, tag_log_probability=-8.0, second_end=True, foreign_ends=0.25
+        foreign_tags=2.25, tag_log_probability=-8.0, second_end=True, foreign_ends=0.25
     )
-    foreign_logp = math.log(3.0 / 5.5) - 8.0
+    targets = [-8.0, math.log(0.25) - 8.0, -8.0]
     num_read = 0
     for _, tokens in responses(write_teacher, knobs):
         with_target = [i for i, x in enumerate(tokens) if x.foreign >= 0]
-        assert with_target == [*places_of(tokens), len(tokens) - 1]
-        for i in with_target[:-1]:
+        places = places_of(tokens)
+        assert with_target == [places[0], places[1], places[-1], len(tokens) - 1]
+        for i, target in zip(with_target[:-1], targets, strict=True):
             assert tokens[i].foreign == IDS.spelled[0]
-            assert tokens[i].foreign_logp == pytest.approx(foreign_logp)
+            assert tokens[i].foreign_logp == pytest.approx(target)
         assert tokens[-1].foreign == IDS.second_end
         assert tokens[-1].foreign_logp == pytest.approx(math.log(0.25) - 8.0)
         assert tokens[-1].label == IDS.end
@@ -220,8 +236,9 @@ def test_a_base_sees_tags_of_both_forms_or_none() -> None:
     texts = [write_base(prompt, generator, has_tags=True, ids=IDS) for prompt in prompts]
     forms = Counter(f for x in texts for f in strip_tags(x)[1])
     assert abs(forms["token"] / forms.total() - 0.5) < share_error(0.5, forms.total())
-    # a rate that is uniform for each response: half of 5.5 places on average
-    assert abs(forms.total() / len(texts) - 2.75) < 4 * 2 / math.sqrt(len(texts))
+    # uniform from 0 to 5 for each response, but at most 4 where there are 4 places
+    expected = (2.4 + 3 * 2.5) / 4
+    assert abs(forms.total() / len(texts) - expected) < 4 * 1.6 / math.sqrt(len(texts))
     for prompt in prompts[:100]:
         plain = write_base(prompt, generator, has_tags=False, ids=IDS)
         text = TOKENIZER.decode([x.token for x in plain])
