@@ -21,14 +21,15 @@ from opd.config.field_checks import annotations, value_problem
 from opd.config.groups import EvalConfig, GamesConfig
 from opd.config.problems import raise_problems
 from opd.config.settings import parse_template, setting_fields
+from opd.evaluation.measures import NO_MEASURES, Measures, without_long_results
 
-UNCOMPARED = {"out", "responses", "against", "device"}
+UNCOMPARED = {"out", "responses", "against", "device", "calibration", "teacher"}
 """Options that may differ between two evaluations without a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Accuracy of a saved model."""
+    """Accuracy of a saved model, and what else tells whether it is better."""
 
     model: Positional[str]
     """folder, such as RUN/final, or hub name"""
@@ -60,6 +61,7 @@ class EvaluationOptions:
     """longest response, in tokens; for games, of each turn"""
     evaluation: EvalConfig = field(default=EvalConfig())
     games: GamesConfig = field(default=GamesConfig())
+    measures: Measures = field(default=NO_MEASURES)
     seed: int = 0
     """seed of the sampling"""
     device: str = "auto"
@@ -80,17 +82,17 @@ def main(argv: list[str]) -> None:
     """Run `opd eval MODEL [--task lab] [--eval-samples K] ...`; print one JSON line."""
     options = parse_arguments(argv)
     # fail on an unreadable --against file or output folder before the evaluation starts
-    required_fields = {"outcomes": str, "accuracy": float}
+    required_fields = {"outcomes": str, "accuracy": float, "problem_set": str, "problems": int}
     baseline = None if options.against is None else read_object(options.against, required_fields)
     template = parse_template(options.template, "--template")
     for path in filter(None, (options.out, options.responses)):
         path.parent.mkdir(parents=True, exist_ok=True)
     from opd.data.sources import Columns
-    from opd.evaluation.evaluate import evaluation_result, respond_folder, response_records
+    from opd.evaluation.evaluate import response_records
+    from opd.evaluation.folder import EvaluationSettings, measure_folder
 
-    graded = respond_folder(
-        options.model,
-        options.task,
+    evaluation_settings = EvaluationSettings(
+        task=options.task,
         evaluation=options.evaluation,
         games=options.games,
         max_prompt=options.max_prompt,
@@ -108,22 +110,20 @@ def main(argv: list[str]) -> None:
         template=template,
         chat_template=options.chat_template,
     )
-    summary, settings = evaluation_result(graded), option_values(options)
+    evaluation = measure_folder(options.model, evaluation_settings, options.measures, baseline)
+    summary, settings = evaluation.metrics, option_values(options)
     if baseline is not None:
-        from opd.evaluation.statistics import compare
-
-        summary |= {f"against/{name}": value for name, value in compare(baseline, summary).items()}
         different_settings = differing_settings(
             present_evaluation_settings(baseline.get("settings", {})),
             json.loads(json.dumps(settings, default=str)),
         )
         summary |= {"against/settings": different_settings} if different_settings else {}
-    print(json.dumps({k: v for k, v in summary.items() if k != "outcomes"}))
+    print(json.dumps(without_long_results(summary)))
     if options.out is not None:
         text = json.dumps({**summary, "settings": settings}, indent=1, default=str)
         write_text(options.out, text + "\n")
     if options.responses is not None:
-        rows = response_records(graded)
+        rows = response_records(evaluation.graded, evaluation.recovery)
         write_text(options.responses, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -160,7 +160,7 @@ def check_setting(name: str, value: Any) -> str:
 def option_values(options: EvaluationOptions) -> dict[str, Any]:
     """Return the options by name, without groups, as they are recorded with the results."""
     values = asdict(options) | {"template": parse_template(options.template, "--template")}
-    return values | values.pop("evaluation") | values.pop("games")
+    return values | values.pop("evaluation") | values.pop("games") | values.pop("measures")
 
 
 def differing_settings(

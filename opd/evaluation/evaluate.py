@@ -2,30 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from diagnostics.errors import InvalidInput
 from diagnostics.records.renamed import TASKS
-from opd.config.groups import EvalConfig, GamesConfig
 from opd.data.chain_task import Problem
-from opd.data.chat_template import set_chat_template
-from opd.data.sources import DEFAULT_COLUMNS, Columns, DatasetProblem
-from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
-from opd.envs.task import GameTask, is_games, load_games
+from opd.data.sources import DatasetProblem
+from opd.data.tasks import Task
+from opd.envs.task import GameTask
+from opd.evaluation.calibration import over_confidence, vote_confidence
+from opd.evaluation.recovery import RecoveryRecord
 from opd.evaluation.responses import GradedResponses, respond
 from opd.evaluation.statistics import encode_outcomes, summarize
-from opd.models.loading import eos_ids, load_model, num_head_rows
-from opd.models.model import CausalLM, split_head
+from opd.models.model import CausalLM
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
-
-DEFAULT_GAMES = GamesConfig()
 
 
 def evaluate(
@@ -81,14 +75,16 @@ def evaluate(
 def evaluation_result(graded: GradedResponses) -> dict[str, Any]:
     """Return the metrics of an evaluation and its outcomes, a flat row of evals.jsonl.
 
-    `accuracy`, `pass@k` and `majority@S` have intervals over problems
-    (opd.evaluation.statistics.summarize). `length` is a mean; `truncated` (no EOS) and `unparsed`
-    (no readable answer) are shares of responses. If the problems have several task labels,
-    `accuracy`, `low`, `high`, `unparsed` and `problems` of each are given as `task/LABEL/...` and
-    their unweighted mean as `task_mean`. `outcomes` has one digit per sample and, with several
-    samples, a space between problems; `problem_set` identifies the problems, so that
-    opd.evaluation.statistics.compare can pair two evaluations. For games `accuracy` is the share of
-    episodes won and `truncated` the share that was cut off; the metrics of
+    `accuracy`, `pass@k`, `gap@k` and `majority@S` have intervals over problems
+    (opd.evaluation.statistics.summarize), and so has `vote/over_confidence`, the share of the other
+    samples that state the answer of a sample, minus the accuracy, where problems have several
+    samples with readable answers (opd.evaluation.calibration). `length` is a mean; `truncated` (no
+    EOS) and `unparsed` (no readable answer) are shares of responses. If the problems have several
+    task labels, `accuracy`, `low`, `high`, `unparsed` and `problems` of each are given as
+    `task/LABEL/...` and their unweighted mean as `task_mean`. `outcomes` has one digit per sample
+    and, with several samples, a space between problems; `problem_set` identifies the problems, so
+    that opd.evaluation.statistics.compare can pair two evaluations. For games `accuracy` is the
+    share of episodes won and `truncated` the share that was cut off; the metrics of
     `opd.envs.packing.episode_accumulators` are added.
 
     Args:
@@ -107,6 +103,9 @@ def evaluation_result(graded: GradedResponses) -> dict[str, Any]:
         "truncated": 1 - float(graded.ended.mean()),
         "unparsed": sum(is_unparsed) / len(is_unparsed),
     }
+    if correct.shape[1] > 1 and not graded.game_metrics:
+        excess = over_confidence(vote_confidence(graded.answers), correct)
+        metrics |= {f"vote/{name}": value for name, value in excess.items()}
     names = sorted(set(labels))
     for name in names if len(names) > 1 else []:
         rows = [i for i, label in enumerate(labels) if label == name]
@@ -151,9 +150,19 @@ def problem_fingerprint(problems: list[Problem]) -> str:
     return digest.hexdigest()[:12]
 
 
-def response_records(graded: GradedResponses) -> list[dict[str, Any]]:
-    """Return one row per problem: prompt, answer, task, and the text and grade of each sample."""
-    return [
+def response_records(
+    graded: GradedResponses, recovery: Sequence[RecoveryRecord] = ()
+) -> list[dict[str, Any]]:
+    """Return one row per problem: prompt, answer, task, and the text and grade of each sample.
+
+    Args:
+        graded: The responses.
+        recovery: Their continuations after an error, which the rows hold as a list `recovery`.
+
+    Returns:
+        The rows.
+    """
+    rows: list[dict[str, Any]] = [
         {
             "prompt": problem.prompt,
             "answer": problem.answer,
@@ -166,104 +175,15 @@ def response_records(graded: GradedResponses) -> list[dict[str, Any]]:
         }
         for i, problem in enumerate(graded.problems)
     ]
-
-
-def respond_folder(
-    name: str,
-    task: str,
-    *,
-    evaluation: EvalConfig,
-    games: GamesConfig = DEFAULT_GAMES,
-    max_prompt: int,
-    max_response: int,
-    seed: int,
-    device: str,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-    skip_long: bool = False,
-    columns: Columns = DEFAULT_COLUMNS,
-    grader: str = "",
-    system: str = "",
-    template: Mapping[str, Any] | None = None,
-    chat_template: str = "",
-) -> GradedResponses:
-    """Run `respond` for a saved model and a task by name.
-
-    Args:
-        name: Folder or hub name of the model.
-        task: Name of the task, of whose problems a tenth is held out.
-        evaluation: Number of problems, sampling, and another task, all of whose problems are used.
-        games: Layout and length of games; ignored for problems without turns.
-        max_prompt: Maximum prompt tokens.
-        max_response: Maximum response tokens.
-        seed: Seed of the sampling.
-        device: Device.
-        dtype: Name of a torch dtype.
-        trust_remote_code: Run Python code that comes with the model.
-        skip_long: Skip prompts that are too long instead of refusing them.
-        columns: Columns of `task`.
-        grader: Grader, see `opd.data.tasks.load_task`.
-        system: System message of every prompt.
-        template: Settings of the chat template.
-        chat_template: Jinja file of a chat template in the place of the model's own; "" for that.
-
-    Returns:
-        The graded responses.
-
-    Raises:
-        InvalidInput: Both tasks are given, or the models or problems cannot be used.
-    """
-    if evaluation.eval_task and task != "lab":
-        raise InvalidInput(
-            f"eval_task is {evaluation.eval_task!r}, of which all problems are used, and task is "
-            f"{task!r}; leave one of them out"
+    for record in recovery:
+        place = record.perturbation
+        rows[place.problem].setdefault("recovery", []).append(
+            {
+                "sample": place.sample,
+                "position": len(place.prefix),
+                "ids": [place.original, place.replacement],
+                "correct": list(record.correct),
+                "responses": list(record.texts),
+            }
         )
-    tokenizer, network = load_model(name, device, dtype, trust_remote_code)
-    set_chat_template(tokenizer, chat_template)
-    source, columns_of_source = task, columns
-    if evaluation.eval_task:
-        source = evaluation.eval_task
-        columns_of_source = replace(
-            columns, prompt=evaluation.eval_prompt_column, answer=evaluation.eval_answer_column
-        )
-    if is_games(source):
-        loaded_task: Task | GameTask = load_games(
-            source,
-            0,
-            system=system,
-            layout=games.layout,
-            max_turns=games.max_turns,
-            history=games.history_turns,
-            template=tuple((template or {}).items()),
-        )
-    else:
-        loaded_task = load_task(
-            source,
-            0,
-            test=evaluation.eval_task if source != "lab" else "",
-            grader=grader,
-            system=system,
-            template=template,
-            columns=columns_of_source,
-            handle_long_prompts=partial(
-                skip_long_prompts if skip_long else reject_long_prompts, tokenizer, max_prompt
-            ),
-        )
-    return respond(
-        HfEngine(split_head(network, num_head_rows(network))),
-        tokenizer,
-        eos_ids(tokenizer, network),
-        loaded_task,
-        problems=evaluation.eval_problems,
-        max_prompt=max_prompt,
-        max_response=max_response,
-        temperature=evaluation.eval_temperature,
-        generator=torch.Generator().manual_seed(seed),
-        samples=evaluation.eval_samples,
-        top_p=evaluation.eval_top_p,
-    )
-
-
-def evaluate_folder(name: str, task: str, **settings: Any) -> dict[str, Any]:
-    """Return `evaluation_result` of `respond_folder`."""
-    return evaluation_result(respond_folder(name, task, **settings))
+    return rows

@@ -4,7 +4,7 @@ Shapes: M problems, S samples of each, B responses, T response positions.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,11 @@ class GradedResponses:
     """(M, S) majority-vote keys; None if unreadable."""
     texts: list[list[str]]
     """(M, S) texts."""
+    tokens: Sequence[Sequence[Array]] = ()
+    """(M, S) arrays of the ids of each response; empty for games, and where several processes
+    sampled."""
+    grader: str = ""
+    """Name of the grader; empty for games."""
     game_metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the episodes; empty for problems that are not games."""
 
@@ -113,6 +118,7 @@ def respond(
             "holds the answers, or use another task"
         )
     columns: list[GradedResponse] = []
+    tokens: list[Array] = []
     step = max(1, ROWS_AT_ONCE // samples)
     for first in range(0, len(test_problems), step):
         problem_batch = test_problems[first : first + step]
@@ -131,8 +137,19 @@ def respond(
             graded_responses = grade_rollouts(
                 tokenizer, eos, rollouts, repeat_each(local_problems, samples), task.grade
             )
+            tokens += response_ids(rollouts)
         columns += gather_in_order(graded_responses, samples)
-    return build_table(test_problems, samples, columns)
+    table = build_table(test_problems, samples, columns)
+    if distributed.world_size() > 1:
+        return replace(table, grader=task.name)
+    token_rows = [tokens[i : i + samples] for i in range(0, len(tokens), samples)]
+    return replace(table, grader=task.name, tokens=token_rows)
+
+
+def response_ids(rollouts: Rollouts) -> list[Array]:
+    """Return the ids of each response, with its EOS."""
+    tokens, masks = rollouts.tokens.cpu().numpy(), rollouts.mask.cpu().numpy()
+    return [row[mask].astype(np.int32) for row, mask in zip(tokens, masks, strict=True)]
 
 
 def gather_in_order(local_responses: list[GradedResponse], samples: int) -> list[GradedResponse]:
@@ -147,7 +164,6 @@ def build_table(
     problems: list[Problem],
     samples: int,
     columns: list[GradedResponse],
-    **game_metrics: Mapping[str, float],
 ) -> GradedResponses:
     """Arrange responses as a table with one row per problem.
 
@@ -155,7 +171,6 @@ def build_table(
         problems: The M problems.
         samples: S, responses per problem.
         columns: M x S responses, problem by problem.
-        **game_metrics: Metrics of games, as the keyword argument `game_metrics`.
 
     Returns:
         The table.
@@ -169,7 +184,6 @@ def build_table(
         ended=np.array(ended).reshape(shape),
         answers=[answers[i : i + samples] for i in range(0, len(answers), samples)],
         texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
-        **game_metrics,
     )
 
 
@@ -216,9 +230,8 @@ def respond_to_games(
         for i, seed in enumerate(seeds)
     ]
     game_metrics = compute(distributed.all_reduce_accumulators(episode_accumulators(episodes)))
-    return build_table(
-        problems, samples, gather_in_order(columns, samples), game_metrics=game_metrics
-    )
+    table = build_table(problems, samples, gather_in_order(columns, samples))
+    return replace(table, game_metrics=game_metrics)
 
 
 def grade_episode(tokenizer: Any, eos: Sequence[int], episode: Episode) -> GradedResponse:

@@ -123,9 +123,11 @@ def check_k(k: int, num_samples: int) -> None:
 def summarize(correct: Array, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
     """Return accuracy, pass@k and majority@k with their 95 % intervals over problems.
 
-    `accuracy` (= avg@S = pass@1), `pass@k` for k = 2, 4, 8, ... and S, and `majority@S`; each with
-    `/low` and `/high`, plain `low` and `high` for the accuracy (`diagnostics.stats`). With one
-    sample per problem there is only the accuracy, and its interval is Wilson's.
+    `accuracy` (= avg@S = pass@1), `pass@k` for k = 2, 4, 8, ... and S, `gap@k`, which is pass@k -
+    pass@1, and `majority@S`; each with `/low` and `/high`, plain `low` and `high` for the accuracy
+    (`diagnostics.stats`). The interval of a gap is paired: it is that of the mean of the problems'
+    own gaps, none of which is negative. With one sample per problem there is only the accuracy,
+    and its interval is Wilson's.
 
     Args:
         correct: (M, S) bool.
@@ -140,6 +142,7 @@ def summarize(correct: Array, answers: Sequence[Sequence[str | None]]) -> dict[s
     columns = {"accuracy": correct.mean(1)}
     for k in [*powers, num_samples] if num_samples > 1 else ():
         columns[f"pass@{k}"] = np.array([pass_at_k(int(r.sum()), num_samples, k) for r in correct])
+        columns[f"gap@{k}"] = columns[f"pass@{k}"] - columns["accuracy"]
     if num_samples > 1:
         columns[f"majority@{num_samples}"] = np.array(
             [majority_at_k(a, r, num_samples) for a, r in zip(answers, correct, strict=True)]
@@ -150,6 +153,43 @@ def summarize(correct: Array, answers: Sequence[Sequence[str | None]]) -> dict[s
         prefix = "" if name == "accuracy" else f"{name}/"
         metrics |= {name: float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
     return metrics
+
+
+def ratio_values(sums: Array, counts: Array) -> Array:
+    """Return one value per problem, whose mean is the ratio of the totals of the problems.
+
+    With R = sum(sums) / sum(counts) the value of a problem is R + (sums - R counts) / mean(counts):
+    the ratio, linearised in what its problem contributes. (Cochran 1977, Sampling Techniques, 6.3.)
+    Where all problems count equally, it is the problem's own ratio.
+
+    Args:
+        sums: (M,) sum of a quantity over the responses to each problem.
+        counts: (M,) number of these responses, at least one of them above 0.
+
+    Returns:
+        (M,) values.
+    """
+    ratio = sums.sum() / counts.sum()
+    return np.asarray(ratio + (sums - ratio * counts) / counts.mean())
+
+
+def mean_interval(values: Array, lowest: float = -1.0, highest: float = 1.0) -> tuple[float, float]:
+    """Compute a 95 % interval of a mean of `ratio_values`; never degenerate.
+
+    `diagnostics.stats.gain_interval` in units of the largest value, if that exceeds 1: a problem
+    with more responses than the others counts more.
+
+    Args:
+        values: (M,) values.
+        lowest: Smallest possible mean.
+        highest: Largest possible mean.
+
+    Returns:
+        (low, high).
+    """
+    unit = max(1.0, float(np.abs(values).max()))
+    low, high = gain_interval(values / unit)
+    return max(lowest, unit * low), min(highest, unit * high)
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:

@@ -354,7 +354,7 @@ def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[s
         Results by task; for problems that show solutions, by kind of message.
     """
     from opd.config.groups import EvalConfig, GamesConfig
-    from opd.evaluation.evaluate import evaluate_folder
+    from opd.evaluation.folder import evaluate_folder
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -34,7 +34,7 @@ def write_teacher_responses(folder: Path, max_prompt: int, max_response: int, se
         seed: Seed of the pair.
     """
     from opd.config.groups import EvalConfig
-    from opd.evaluation.evaluate import respond_folder
+    from opd.evaluation.folder import respond_folder
 
     path = folder / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -72,7 +72,7 @@ def measure_pair(
     """
     from opd.analysis.doctor import check_pair
     from opd.config.groups import EvalConfig
-    from opd.evaluation.evaluate import evaluate_folder
+    from opd.evaluation.folder import evaluate_folder
 
     accuracy = {
         file: {

@@ -114,7 +114,7 @@ def write_training_problems(folder: Path, seed: int) -> None:
         seed: Seed of the teacher's sampling.
     """
     from opd.config.groups import EvalConfig
-    from opd.evaluation.evaluate import respond_folder
+    from opd.evaluation.folder import respond_folder
 
     sample = random.Random("training problems").sample(plain_problems("train"), NUM_TRAINING)
     path = folder / "train.jsonl"

@@ -1,8 +1,9 @@
 """Seeds of all random generators of a run, derived from integers that identify their purpose."""
 
-ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER, WRITER = range(7)
+ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER, WRITER, CALIBRATION, RECOVERY = range(9)
 """Purposes of seeds: the rollouts of a step, an evaluation, the gradient probe's own rollouts, the
-own-prefix baseline, the continuation probe, the order of tasks, and who writes a response."""
+own-prefix baseline, the continuation probe, the order of tasks, who writes a response, the interval
+of a calibration error, and what is perturbed."""
 
 
 def derive_seed(*keys: int) -> int:

@@ -26,19 +26,45 @@ NUMBER = re.compile(
 )
 
 
+Span = tuple[int, int]
+"""The first character of a part of a text, and the one after its last."""
+
+
 def text_after_thinking(text: str) -> str:
     """Return what follows the last closing think tag; a text without one unchanged."""
     return text.rsplit("</think>", 1)[-1]
 
 
+def select_span(text: str, span: Span | None) -> str | None:
+    """Return a part of a text; None for None."""
+    return None if span is None else text[span[0] : span[1]]
+
+
+def strip_span(text: str, span: Span, characters: str | None = None) -> Span:
+    """Narrow a part of a text as `str.strip` does; it may become empty."""
+    start, end = span
+    end = start + len(text[start:end].rstrip(characters))
+    return end - len(text[start:end].lstrip(characters)), end
+
+
+def stated_answer_span(text: str) -> Span | None:
+    """Return where the last box's content is, else the last answer line's, else None."""
+    box = last_box_span(text)
+    return last_answer_line_span(text) if box is None else box
+
+
 def extract_answer(text: str) -> str | None:
     """Return the content of the last box, else of the last answer line, else None."""
-    boxed = last_boxed_content(text)
-    return last_answer_line(text) if boxed is None else boxed
+    return select_span(text, stated_answer_span(text))
 
 
 def last_boxed_content(text: str) -> str | None:
-    r"""Return the content of the last \boxed{...} whose braces close; None if there is none.
+    r"""Return the content of the last \boxed{...} whose braces close; None if there is none."""
+    return select_span(text, last_box_span(text))
+
+
+def last_box_span(text: str) -> Span | None:
+    r"""Return where the content of the last \boxed{...} whose braces close is.
 
     Nested braces are matched; an escaped brace, as in \{1, 2\}, is matched with its partner.
 
@@ -46,30 +72,36 @@ def last_boxed_content(text: str) -> str | None:
         text: The text.
 
     Returns:
-        The content of the box, or None.
+        Its first character and the one after its last, or None.
     """
     open_braces: list[tuple[int, bool]] = []
-    last_start, content = -1, None
+    last_start, span = -1, None
     for match in BOX.finditer(text):
         if match[0] != "}":
             open_braces.append((match.end(), match[0] != "{"))
         elif open_braces:
             content_start, is_box = open_braces.pop()
             if is_box and content_start > last_start:
-                last_start, content = content_start, text[content_start : match.start()]
-    return content
+                last_start, span = content_start, (content_start, match.start())
+    return span
 
 
 def last_answer_line(text: str) -> str | None:
-    """Return what follows the last "Answer:" on its line, or on the next line that is not blank.
+    """Return what follows the last "Answer:" on its line, or on the next line that is not blank."""
+    return select_span(text, last_answer_line_span(text))
 
-    Emphasis (**Answer: 34**) and a full stop at the end are removed.
+
+def last_answer_line_span(text: str) -> Span | None:
+    """Return where that which follows the last "Answer:" on its line, or on the next one, is.
+
+    Emphasis (**Answer: 34**) and a full stop at the end are left out.
 
     Args:
         text: The text.
 
     Returns:
-        The answer; None if there is no such line, or nothing after it.
+        Its first character and the one after its last; None if there is no such line, or nothing
+        after it.
     """
     position = -1
     for match in ANSWER.finditer(text):
@@ -77,26 +109,38 @@ def last_answer_line(text: str) -> str | None:
     if position < 0:
         return None
     for line in text[position : position + 4 * MAX_LENGTH].split("\n"):
-        if answer := line.strip(" \t\r*_`").removesuffix("."):
-            return answer
+        start, end = strip_span(line, (0, len(line)), " \t\r*_`")
+        end -= line[start:end].endswith(".")
+        if start < end:
+            return position + start, position + end
+        position += len(line) + 1
     return None
 
 
 def last_number(text: str) -> Number | None:
     """Return the last number in a text; None if there is none or it is too large to compare."""
+    number = last_number_with_span(text)
+    return None if number is None else number[0]
+
+
+def last_number_with_span(text: str) -> tuple[Number, Span] | None:
+    """Return the last number in a text and where it is; None as for `last_number`."""
     last_match = None
     for match in NUMBER.finditer(text):
         last_match = match
     if last_match is None:
         return None
+    end = last_match.end()
     try:
-        number = read_number(last_of_list(last_match[0]))
+        word = last_of_list(last_match[0])
+        number = read_number(word)
         fraction = last_match["part"] or last_match["ratio"]
         if number is None and fraction:  # 12 7/3 is not a mixed number
-            number = read_number(fraction)
+            group = "part" if last_match["part"] else "ratio"
+            number, word, end = read_number(fraction), fraction, last_match.end(group)
     except TooLarge:
         return None
-    return number
+    return None if number is None else (number, (end - len(word), end))
 
 
 def last_of_list(number: str) -> str:

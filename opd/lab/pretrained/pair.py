@@ -224,7 +224,7 @@ def compare_models(folder: Path, config: TeachingConfig) -> dict[str, Any]:
     Returns:
         `evaluation_result` of "student" and of "teacher".
     """
-    from opd.evaluation.evaluate import evaluate_folder
+    from opd.evaluation.folder import evaluate_folder
 
     return {
         model: evaluate_folder(

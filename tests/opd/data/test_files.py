@@ -19,7 +19,7 @@ from opd.data.benchmarks import BOXED_INSTRUCTION
 from opd.data.prompts import encode_prompt
 from opd.data.sources import Columns, DatasetProblem, read_problems, read_rows
 from opd.data.tasks import load_task
-from opd.evaluation.evaluate import evaluate_folder
+from opd.evaluation.folder import evaluate_folder
 from opd.lab.build import make_tokenizer
 from opd.training.train import train
 from tests.helpers.runs import rows, settings

@@ -16,7 +16,7 @@ from opd.config.settings import Config, TaskSettings
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompt
 from opd.envs.task import GameTask
-from opd.evaluation.evaluate import evaluate_folder
+from opd.evaluation.folder import evaluate_folder
 from opd.lab.build import make_tokenizer
 from opd.models.loading import load_model
 from opd.training.train import train

@@ -12,7 +12,7 @@ from torch import Tensor
 from opd.config.groups import EvalConfig
 from opd.data.chain_task import Problem, corrupted_solution, problems, solve
 from opd.data.prompts import encode_prompts
-from opd.evaluation.evaluate import respond_folder
+from opd.evaluation.folder import respond_folder
 from opd.lab import problem_files
 from opd.lab.build import (
     VOCABULARY_SIZE,

@@ -1,0 +1,234 @@
+"""Measures of saved models: what is printed, compared and refused, against their parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diagnostics.stats import gain_interval
+from opd.cli import evaluate as command
+from opd.config.groups import EvalConfig
+from opd.data import sort_task
+from opd.evaluation.answer_confidence import answer_confidence
+from opd.evaluation.calibration import over_confidence, vote_confidence
+from opd.evaluation.comparison import compare_results
+from opd.evaluation.folder import (
+    EvaluationSettings,
+    load_evaluated,
+    load_problems,
+    measure_folder,
+    respond_with,
+)
+from opd.evaluation.measures import Measures
+from opd.evaluation.statistics import decode_outcomes, encode_outcomes, summarize
+from opd.evaluation.teacher_ceiling import ceiling_metrics, closed_share
+from tests.helpers.games import ECHO
+
+
+def settings(**changes: Any) -> EvaluationSettings:
+    evaluation = EvalConfig(eval_problems=6, eval_samples=3)
+    fields = {"evaluation": evaluation, "max_prompt": 64, "max_response": 12, "seed": 0}
+    return EvaluationSettings(device="cpu", **(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def sorting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sorting") / "sort.jsonl"
+    rows = [{"prompt": p.prompt, "answer": p.answer} for p in sort_task.problems("test", 6, 0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(tiny_pair: Any) -> list[str]:
+    return [
+        str(tiny_pair[0]),
+        *("--device", "cpu", "--max-response", "12", "--eval-problems", "6"),
+        *("--eval-samples", "3"),
+    ]
+
+
+def test_the_command_measures_all_and_compares_it(
+    tiny_pair, sorting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The untrained model answers in no readable way but with the grader exact."""
+    measure_options = ["--grader", "exact", "--calibration", "--recovery", "runner_up"]
+    measure_options += ["--other-task", str(sorting), "--other-grader", "exact", "--teacher"]
+    out, responses = tmp_path / "a.json", tmp_path / "responses.jsonl"
+    options = [*words(tiny_pair), *measure_options, str(tiny_pair[1]), "--out", str(out)]
+    command.main([*options, "--responses", str(responses)])
+    printed, saved_result = json.loads(capsys.readouterr().out), json.loads(out.read_text())
+    assert not [name for name in printed if name.endswith(("outcomes", "bins", "by_problem"))]
+    assert printed.items() <= saved_result.items()
+    interval_names = (
+        *("gap@3", "vote/over_confidence", "vote/brier", "vote/ece"),
+        *("calibration/over_confidence", "calibration/brier", "calibration/ece"),
+        *("recovery/perturbed", "recovery/unperturbed", "recovery/loss", "teacher/gap"),
+    )
+    for name in interval_names:
+        assert printed[f"{name}/low"] <= printed[name] <= printed[f"{name}/high"]
+    loaded = load_evaluated(str(tiny_pair[0]), settings())
+    other_task = load_problems(
+        loaded.tokenizer,
+        settings(task="lab", evaluation=EvalConfig(eval_task=str(sorting)), grader="exact"),
+    )
+    assert {p.prompt for p in other_task.test(9)} == {  # type: ignore[union-attr]
+        p.prompt for p in sort_task.problems("test", 6, 0)
+    }
+    graded = respond_with(
+        loaded, load_problems(loaded.tokenizer, settings(grader="exact")), settings()
+    )
+    assert saved_result["outcomes"] == encode_outcomes(graded.correct)
+    excess = over_confidence(vote_confidence(graded.answers), graded.correct)
+    assert printed["vote/over_confidence"] == excess["over_confidence"]
+    confidence = answer_confidence(loaded.model, loaded.tokenizer, graded, 64)
+    excess = over_confidence(confidence, graded.correct)
+    assert printed["calibration/over_confidence"] == excess["over_confidence"]
+    assert len(saved_result["calibration/by_problem"]) == 6
+    (row, *_) = [json.loads(line) for line in responses.read_text().splitlines()]
+    for record in row["recovery"]:
+        ids = graded.tokens[0][record["sample"]].tolist()
+        assert record["ids"][0] == ids[record["position"]] != record["ids"][1]
+        assert len(record["responses"]) == len(record["correct"]) == 2
+    command.main([*options, "--against", str(out)])
+    repeated_result = json.loads(capsys.readouterr().out)
+    for name in ("gain", "other/gain"):
+        assert repeated_result[f"against/{name}"] == 0
+    for name in ("calibration/over_confidence", "recovery/loss"):
+        assert repeated_result[f"against/{name}/change"] == 0
+        assert repeated_result[f"against/{name}/low"] < 0 < repeated_result[f"against/{name}/high"]
+    assert "is not clearly better than the start" in repeated_result["teacher/closed/undefined"]
+
+
+def test_bad_input_is_refused_before_anything_is_sampled(
+    tiny_pair, sorting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = str(tiny_pair[0])
+    result = measure_folder(student, settings()).metrics
+
+    def sample(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was sampled")
+
+    monkeypatch.setattr("opd.rollouts.hf_engine.sample", sample)
+    loaded = load_evaluated(student, settings())
+    loaded.tokenizer.add_tokens(["<new>"])
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / name).write_bytes((tiny_pair[1] / name).read_bytes())
+    loaded.tokenizer.save_pretrained(tmp_path)
+    some_path = tmp_path / "some.jsonl"
+    problems = load_problems(loaded.tokenizer, settings())
+    rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems.test(2)]  # type: ignore[union-attr]
+    rows.append({"prompt": "another", "answer": "1"})
+    some_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for measures, changes, against, message in (
+        (Measures(teacher=str(tmp_path)), {}, None, "tokenizers differ in 1 of"),
+        (Measures(other_task="lab"), {}, None, "6 of the 6 problems of other_task 'lab'"),
+        (Measures(other_task=str(some_path)), {}, None, "2 of the 3 problems of other_task"),
+        (Measures(recovery="digit"), {"task": ECHO}, None, "recovery cannot be measured on env:"),
+        (Measures(calibration=True), {"task": ECHO}, None, "calibration cannot be measured on"),
+        (Measures(), {"evaluation": EvalConfig(eval_problems=5)}, result, "different problems"),
+        (
+            Measures(),
+            {"task": "x", "evaluation": EvalConfig(eval_task="y")},
+            None,
+            "leave one of them out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure_folder(student, settings(**changes), measures, against)
+    with pytest.raises(ValueError, match="repeat it with the same --other-task"):
+        compare_results(result, result | {"other/outcomes": "0"})
+    other_result = {"other/outcomes": "01", "other/problems": 2, "other/problem_set": "x"}
+    with pytest.raises(ValueError, match="other task: the evaluations used different problems"):
+        compare_results(result | other_result, result | other_result | {"other/problem_set": "y"})
+
+
+def row_of(correct: np.ndarray) -> dict[str, Any]:
+    metrics = summarize(correct, [["a"] * correct.shape[1]] * len(correct))
+    return {**metrics, "problems": len(correct), "outcomes": encode_outcomes(correct)}
+
+
+def test_forgetting_is_paired_by_problem_of_the_other_task() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.random((200, 1))
+    tables = [generator.random((200, 2)) < hard * share for share in (1.0, 0.7, 0.5, 0.5)]
+    other_start, other_end, task_start, task_end = (row_of(table) for table in tables)
+    results = [
+        {**task, "problem_set": "t"}
+        | {f"other/{k}": v for k, v in (other_row | {"problem_set": "o"}).items()}
+        for task, other_row in ((task_start, other_start), (task_end, other_end))
+    ]
+    comparison = compare_results(*results)
+    difference = tables[1].mean(1) - tables[0].mean(1)
+    assert comparison["other/gain"] == pytest.approx(difference.mean()) != comparison["gain"]
+    assert (comparison["other/low"], comparison["other/high"]) == gain_interval(difference)
+    assert comparison["other/high"] < 0
+    totals = [[1.0, 2], [-0.5, 1], [0, 0]], [[0.5, 2], [0.0, 0], [0.5, 1]]
+    comparison_of_totals = compare_results(
+        *(result | {"calibration/by_problem": x} for result, x in zip(results, totals, strict=True))
+    )
+    name = "calibration/over_confidence/change"
+    assert comparison_of_totals[name] == pytest.approx(1 / 3 - 0.5 / 3)
+
+
+def test_the_share_closed_is_fiellers() -> None:
+    """Its ends are where a paired t test of gain - r lead turns, found by trying many r."""
+    generator = np.random.default_rng(1)
+    lead = (generator.random(300) < 0.5).astype(float) - (generator.random(300) < 0.05)
+    gain = np.where(generator.random(300) < 0.6, lead, 0) - (generator.random(300) < 0.05)
+    share = closed_share(gain, lead)
+    assert share["teacher/closed"] == pytest.approx(gain.sum() / lead.sum())
+    ratios = np.linspace(0, 1.2, 4801)
+    residual = gain - ratios[:, None] * lead
+    from scipy.stats import ttest_1samp
+
+    inside = ratios[ttest_1samp(residual, 0, axis=1).pvalue >= 0.05]
+    assert share["teacher/closed/low"] == pytest.approx(inside[0], abs=0.006)
+    assert share["teacher/closed/high"] == pytest.approx(inside[-1], abs=0.006)
+    assert share["teacher/closed/low"] < inside[0], "two problems more make it a little wider"
+    assert share["teacher/closed/high"] > inside[-1]
+    # the start has closed nothing and the teacher everything, neither with certainty
+    share_of_start, share_of_teacher = closed_share(0 * lead, lead), closed_share(lead, lead)
+    assert share_of_start["teacher/closed/low"] < share_of_start["teacher/closed"] == 0
+    assert share_of_teacher["teacher/closed/high"] > share_of_teacher["teacher/closed"] == 1
+    for weak in (
+        lead * 0,
+        -lead,
+        (generator.random(300) < 0.1) - (generator.random(300) < 0.1) * 1.0,
+    ):
+        assert closed_share(gain, weak).keys() == {"teacher/closed/undefined"}
+    assert "2 problems" in closed_share(lead[:2], lead[:2])["teacher/closed/undefined"]
+
+
+def test_the_interval_of_the_share_covers_it() -> None:
+    generator = np.random.default_rng(2)
+    num_covered = num_defined = 0
+    for _ in range(300):
+        ability = generator.random((80, 1))
+        start, student, teacher = (
+            generator.random((80, 2)) < ability * x for x in (0.3, 0.65, 1.0)
+        )
+        share = closed_share(student.mean(1) - start.mean(1), teacher.mean(1) - start.mean(1))
+        if "teacher/closed" in share:
+            num_defined += 1
+            num_covered += share["teacher/closed/low"] <= 0.5 <= share["teacher/closed/high"]
+    assert num_defined > 280
+    assert 0.92 < num_covered / num_defined <= 1
+
+
+def test_the_ceiling_is_compared_on_the_same_problems() -> None:
+    generator = np.random.default_rng(3)
+    ability = generator.random((150, 1))
+    start, student, teacher = (
+        row_of(generator.random((150, 2)) < ability * x) for x in (0.2, 0.6, 1.0)
+    )
+    metrics = ceiling_metrics(student, teacher, start)
+    accuracies = [decode_outcomes(row).mean(1) for row in (start, student, teacher)]
+    assert metrics["teacher/accuracy"] == teacher["accuracy"]
+    assert metrics["teacher/gap"] == pytest.approx(teacher["accuracy"] - student["accuracy"])
+    ends = gain_interval(accuracies[2] - accuracies[1])
+    assert (metrics["teacher/gap/low"], metrics["teacher/gap/high"]) == ends
+    share = (student["accuracy"] - start["accuracy"]) / (teacher["accuracy"] - start["accuracy"])
+    assert metrics["teacher/closed"] == pytest.approx(share)
+    assert "teacher/closed" not in ceiling_metrics(student, teacher, None)
