@@ -12,7 +12,7 @@ from figures.collect.paired import (
     accuracy_interval,
     last_evaluations,
     outcome_matrix,
-    paired_difference,
+    paired_interval,
 )
 from figures.collect.steps import seed_means
 from figures.registry import read_table
@@ -119,7 +119,7 @@ def compare_outcomes(
     cells = [
         format_share(*accuracy_interval(x.to_numpy(float))) for x in (outcomes, baseline_outcomes)
     ]
-    gain = paired_difference(outcomes, baseline_outcomes)
+    gain = paired_interval(outcomes, baseline_outcomes)
     ends = (gain["low"], gain["high"])
     text = f"{cells[0]} against {cells[1]}: {format_signed(gain['value'], *ends)}, "
     return ClaimResult(text + f"{gain['seeds']:.0f} seeds", verdict(*ends))

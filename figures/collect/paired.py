@@ -22,10 +22,10 @@ def last_evaluations(table: pd.DataFrame) -> pd.DataFrame:
 def outcome_matrix(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """Return the (seeds, problems) outcomes of a method from a table of one group and task."""
     method_rows = table[table["method"] == method].sort_values("seed")
-    return pd.DataFrame(
-        [problem_accuracies(x) for x in method_rows["outcomes"]],
-        index=method_rows["seed"].to_numpy(),
-    )
+    accuracies = [problem_accuracies(x) for x in method_rows["outcomes"]]
+    # one array, because pandas makes a column object of every problem of a list of arrays
+    values = np.stack(accuracies) if accuracies else np.empty((0, 0))
+    return pd.DataFrame(values, index=method_rows["seed"].to_numpy())
 
 
 def accuracy_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -33,7 +33,7 @@ def accuracy_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), *share_interval(values)
 
 
-def paired_difference(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -> dict[str, float]:
+def paired_interval(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -> dict[str, float]:
     """Compute the paired difference of two methods over the seeds that both have.
 
     Args:
@@ -42,24 +42,48 @@ def paired_difference(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -
 
     Returns:
         value, low and high: the mean difference with its 95 % interval over seeds and problems.
+        seeds: number of common seeds.
+    """
+    differences = _paired_outcomes(outcomes, baseline_outcomes)
+    low, high = gain_interval(differences)
+    return {
+        "value": float(differences.mean()),
+        "low": low,
+        "high": high,
+        "seeds": len(differences),
+    }
+
+
+def paired_difference(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -> dict[str, float]:
+    """Test the paired difference of two methods over the seeds that both have.
+
+    Args:
+        outcomes: (seeds, problems) outcomes of one method.
+        baseline_outcomes: The same of the other method.
+
+    Returns:
+        value, low, high and seeds: see `paired_interval`.
         p: `sign_flip_test` over problems of differences averaged over seeds, so that it is about
         these runs. p_seeds: over seeds of differences averaged over problems, so that it is about
-        runs like them; with n seeds it is at least 2^(1-n). seeds: number of common seeds.
+        runs like them; with n seeds it is at least 2^(1-n).
     """
-    seeds = outcomes.index.intersection(baseline_outcomes.index)
-    differences = outcomes.loc[seeds].to_numpy(float) - baseline_outcomes.loc[seeds].to_numpy(float)
-    low, high = gain_interval(differences)
+    differences = _paired_outcomes(outcomes, baseline_outcomes)
     p = sign_flip_test(differences.mean(0), np.random.default_rng(0))
     p_seeds = sign_flip_test(differences.mean(1), np.random.default_rng(0))
-    tests = {"p": p, "p_seeds": p_seeds, "seeds": len(seeds)}
-    return {"value": float(differences.mean()), "low": low, "high": high} | tests
+    return paired_interval(outcomes, baseline_outcomes) | {"p": p, "p_seeds": p_seeds}
+
+
+def _paired_outcomes(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -> np.ndarray:
+    """Return the (seeds, problems) differences of the seeds that both methods have."""
+    seeds = outcomes.index.intersection(baseline_outcomes.index)
+    return outcomes.loc[seeds].to_numpy(float) - baseline_outcomes.loc[seeds].to_numpy(float)
 
 
 def paired_gain(
     outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame
 ) -> tuple[float, float, float]:
-    """Return the value of `paired_difference` and its interval."""
-    gain = paired_difference(outcomes, baseline_outcomes)
+    """Return the value of `paired_interval` and the ends of its interval."""
+    gain = paired_interval(outcomes, baseline_outcomes)
     return gain["value"], gain["low"], gain["high"]
 
 
