@@ -35,8 +35,8 @@ def row(batch: ScoredRollouts) -> dict[str, float]:
 
 
 def supervised(batch: ScoredRollouts) -> list[Token]:
-    b, t = batch.mask.shape
-    return [(i, j) for i in range(b) for j in range(t) if batch.mask[i, j]]
+    mask = batch.mask.tolist()
+    return [(i, j) for i, row in enumerate(mask) for j, sampled in enumerate(row) if sampled]
 
 
 def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
 
 def token_metrics(b: ScoredRollouts) -> dict[str, Callable[[int, int], float]]:
     """Return name to a function of the value at one token, by definition."""
-    p, s = b.prefix, b.support
+    p, s, repeated = b.prefix, b.support, repeated_tokens(b)
 
     def r(i: int, t: int) -> float:
         return float(b.student_logp[i, t]) - float(b.teacher_logp[i, t])
@@ -101,15 +101,16 @@ def token_metrics(b: ScoredRollouts) -> dict[str, Callable[[int, int], float]]:
         "consistency/sampler_log_ratio_square": lambda i, t: (
             float(b.student_logp[i, t] - b.sampler_logp[i, t]) ** 2
         ),
-        "repetition/repeated_share": lambda i, t: float((i, t) in repeated_tokens(b)),
+        "repetition/repeated_share": lambda i, t: float((i, t) in repeated),
     }
 
 
 def repeated_tokens(b: ScoredRollouts) -> set[Token]:
     """Return the tokens that end a repeated 8-gram of sampled tokens, by a set of tuples."""
     repeated = set()
+    tokens = supervised(b)
     for i in range(len(b)):
-        positions = [t for j, t in supervised(b) if j == i]
+        positions = [t for j, t in tokens if j == i]
         ids = [int(b.tokens[i, t]) for t in positions]
         ngrams = set()
         for end in range(8, len(ids) + 1):
@@ -125,12 +126,12 @@ def test_every_token_metric_equals_its_definition(
 ) -> None:
     repeated = repeated_tokens(batch)
     assert len(repeated) > 10
-    checked = 0
+    checked, tokens = 0, supervised(batch)
     for name, value_of in token_metrics(batch).items():
         for label, (low, high) in BINS.items():
             if label and f"{name}{label}" not in row:
                 continue
-            use = {(i, t): value_of(i, t) for i, t in supervised(batch) if low <= t < high}
+            use = {(i, t): value_of(i, t) for i, t in tokens if low <= t < high}
             pairs = [(int(batch.prompt[i]), x, 1.0) for (i, _), x in use.items()]
             value, error = ratio(pairs)
             assert row[f"{name}{label}"] == pytest.approx(value, rel=2e-5, abs=1e-7), name
@@ -158,10 +159,11 @@ def test_ratios_of_sums(batch: ScoredRollouts, row: dict[str, float]) -> None:
 
 def test_numbers_by_response(batch: ScoredRollouts, row: dict[str, float]) -> None:
     b = batch
-    lengths = [sum(1 for j, _ in supervised(b) if j == i) for i in range(len(b))]
+    tokens = supervised(b)
+    lengths = [sum(1 for j, _ in tokens if j == i) for i in range(len(b))]
     prompt = [int(x) for x in b.prompt]
     ended = [bool(x) for x in b.ended]
-    costs = [sum(float(b.log_ratio[j, t]) for j, t in supervised(b) if j == i) for i in range(12)]
+    costs = [sum(float(b.log_ratio[j, t]) for j, t in tokens if j == i) for i in range(12)]
     graded = [not math.isnan(float(x)) for x in b.reward]
     all_rows = range(len(b))
     for name, pairs in {
