@@ -12,6 +12,7 @@ from diagnostics.io import files
 from diagnostics.io.command import EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, run_command
 from diagnostics.io.packages import load_package
 from diagnostics.records.rows import read_rows
+from tests.helpers.bare_process import Ended, run_programs
 from tests.helpers.paths import ROOT
 
 
@@ -51,28 +52,15 @@ def test_errors_for_the_user_are_one_line_and_ours_keep_their_traceback() -> Non
     assert raised_by_command(SystemExit(3)).code == 3  # type: ignore[attr-defined]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("-m", "opd.cli.main", "--help"),
-        ("-m", "opd.cli.main", "train", "smoke", "--show"),
-        ("-m", "opd.cli.main", "study", "list"),
-        ("-m", "synthetic.runner.run", "list"),
-    ],
-)
-def test_a_reader_that_stops_reading_is_no_error(arguments: tuple[str, ...]) -> None:
-    """Like `opd ... | head -0`: the pipe is closed before anything is written."""
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    """Like `opd --help | head -0`: the pipe is closed before anything is written."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     process = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-m", "opd.cli.main", "--help"],
         stdout=write_end,
         stderr=subprocess.PIPE,
-        env=environment(),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
     os.close(write_end)
@@ -80,28 +68,56 @@ def test_a_reader_that_stops_reading_is_no_error(arguments: tuple[str, ...]) -> 
     assert process.returncode == EXIT_CLOSED_PIPE
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("-m", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
-        (
-            ("-m", "synthetic.runner.run", "run", "magic"),
-            "opd study: unknown experiment 'magic'; known: ",
-        ),
-        (("-m", "opd.cli.main", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
-        (("-m", "opd.cli.main", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
-        (("-m", "opd.cli.main", "eval", "m", "--against", "none"), "opd eval: none does not exist"),
-        (("-m", "opd.cli.main", "eval", "m", "--template", "{"), "--template is not JSON"),
-        (("-m", "opd.cli.main", "report", "none"), "opd report: none is not a run folder"),
-    ],
-)
-def test_every_entry_point_answers_in_one_line(arguments: tuple[str, ...], message: str) -> None:
-    process = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment(), check=False
+def module_program(words: tuple[str, ...], *, closed_pipe: bool = False) -> str:
+    """Return a program that does what `python -m WORDS` does, perhaps into a closed pipe."""
+    closing = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.close(write)\n"
+    return (
+        f"import os, runpy, sys\n{closing if closed_pipe else ''}sys.argv = {list(words)}\n"
+        f"runpy.run_module({words[0]!r}, run_name='__main__', alter_sys=True)"
     )
-    assert process.returncode != 0
+
+
+WRITING = (
+    ("opd.cli.main", "train", "smoke", "--show"),
+    ("opd.cli.main", "study", "list"),
+    ("synthetic.runner.run", "list"),
+)
+"""Commands with output."""
+FAILING = {
+    ("figures", "pie"): "opd figures: unknown figure 'pie'; known: ",
+    ("synthetic.runner.run", "run", "magic"): "opd study: unknown experiment 'magic'; known: ",
+    ("opd.cli.main", "figures", "pie"): "opd figures: unknown figure 'pie'; known: ",
+    ("opd.cli.main", "diagnose", "none.jsonl"): "opd diagnose: none.jsonl ",
+    ("opd.cli.main", "eval", "m", "--against", "none"): "opd eval: none does not exist",
+    ("opd.cli.main", "eval", "m", "--template", "{"): "--template is not JSON",
+    ("opd.cli.main", "report", "none"): "opd report: none is not a run folder",
+}
+"""Commands with a mistake, and the message."""
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, Ended]:
+    """Run the commands in forks of an interpreter that has imported what most of them need."""
+    programs = [module_program(words, closed_pipe=True) for words in WRITING]
+    programs += [module_program(words) for words in FAILING]
+    return run_programs("import pandas, torch, transformers, tyro\n", programs)
+
+
+@pytest.mark.parametrize("words", WRITING, ids=" ".join)
+def test_no_command_minds_a_closed_pipe(ended: dict[str, Ended], words: tuple[str, ...]) -> None:
+    process = ended[module_program(words, closed_pipe=True)]
+    assert process.stderr == ""
+    assert process.code == EXIT_CLOSED_PIPE
+
+
+@pytest.mark.parametrize("words", FAILING, ids=" ".join)
+def test_every_entry_point_answers_in_one_line(
+    ended: dict[str, Ended], words: tuple[str, ...]
+) -> None:
+    process = ended[module_program(words)]
+    assert process.code != 0
     assert "Traceback" not in process.stderr
-    assert message in process.stderr.strip().splitlines()[-1]
+    assert FAILING[words] in process.stderr.strip().splitlines()[-1]
 
 
 def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
