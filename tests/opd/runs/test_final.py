@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from diagnostics.errors import InvalidInput, OperationFailed
+from opd.cli.main import main
 from opd.config.files import to_flat
 from opd.config.settings import Config, TaskSettings, with_settings
 from opd.runs.hub import check_push, push_model
 from opd.runs.model_card import model_card
 from opd.training.train import train
-from tests.helpers.paths import ROOT
 from tests.helpers.runs import settings
 from tests.helpers.servers.hub import serve
+from tests.helpers.warm_process import run_process
 
 
 @pytest.fixture(scope="module")
@@ -115,26 +115,24 @@ def test_the_card_names_parents_on_the_hub(run: Path, config: Config) -> None:
     assert "- system of `b`: `Think.`" in card
 
 
-def push(run: Path, address: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run `opd train --config RUN/config.json --push org/sums`, on a finished run."""
-    command = [sys.executable, "-P", "-m", "opd.cli.main", "train"]
-    command += ["--config", str(run / "config.json"), "--push", "org/sums"]
-    names = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
-    names |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command,
-        env={**os.environ, **names, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=run,
-    )
+def push(run: Path, address: str) -> None:
+    """Run `opd train --config RUN/config.json --push org/sums` in this process."""
+    from huggingface_hub import constants
+
+    # read from the environment on import, which was before the fork
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = address, False
+    constants.HF_HUB_DISABLE_XET = True
+    os.chdir(run)
+    sys.argv = ["opd", "train", "--config", str(run / "config.json"), "--push", "org/sums"]
+    main()
 
 
-def test_a_finished_run_is_pushed_with_everything_in_final(run: Path) -> None:
+def test_a_finished_run_is_pushed_with_everything_in_final(run: Path, tmp_path: Path) -> None:
     with serve() as (address, hub):
-        result = push(run, address)
-    assert result.returncode == 0, result.stderr
+        result = run_process(
+            tmp_path, push, run, address, environment={"HF_TOKEN": "hf_secret"}, timeout=120
+        )
+    assert result.exit_code == 0, result.stderr
     assert f"uploaded: {address}/org/sums/commit/abc" in result.stdout
     [created] = hub.created
     assert created["name"] == "sums"
