@@ -193,6 +193,19 @@ RULES: tuple[AlarmRule, ...] = (
         "directly), then the learning rate",
     ),
     AlarmRule(
+        name="reward_falls",
+        metric="response/reward",
+        null="steady or rising",
+        low=0.8,
+        num_pooled=4,
+        num_reference=3,
+        compare=growth,
+        means="the graded reward of the student's own responses has fallen below 0.8 times its "
+        "initial value",
+        remedy="evaluate the teacher on the prompts that it reads (`opd eval TEACHER`); lower the "
+        "learning rate; find the tokens with the largest cost in the token table",
+    ),
+    AlarmRule(
         name="skipped",
         metric="skipped",
         null="0",

@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": ("opd.experiments.demo", "run everything once: study, toy pair, training, figures"),
     "study": ("synthetic.runner.run", "run exact synthetic studies: list, run NAME|all"),
     "lab": ("opd.cli.lab", "train a toy pair from scratch: a teacher and a weaker student"),
+    "map": ("opd.experiments.regimes.command", "train methods on pairs of models in many regimes"),
     "paper": ("opd.experiments.paper", "train every method of the paper's comparisons"),
     "doctor": ("opd.cli.doctor", "check a student and a teacher before training"),
     "scout": ("opd.cli.scout", "measure a pair before training, and forecast the outcome"),

@@ -205,6 +205,7 @@ def test_levels(name: str, healthy: float, faulty: float | None) -> None:
         ("truncation", 0.3, 0.4, 0.7),
         ("mass_escapes", 0.9, 0.88, 0.8),
         ("no_progress", 0.5, 0.3, 0.5),
+        ("reward_falls", 0.6, 0.5, 0.4),
     ],
 )
 def test_trends(name: str, start: float, healthy: float, faulty: float) -> None:
