@@ -135,12 +135,12 @@ def run_scout(options: ScoutOptions) -> "ScoutReport":
         InvalidInput: No teacher can be used; with one teacher, its reason.
     """
     bank = load_bank(options)  # an unreadable bank is reported before anything is sampled
-    from opd.analysis.scout.measure import check_teacher, measure_pair
+    from opd.analysis.scout.measure import PairMeasurements, check_teacher, measure_pair
     from opd.analysis.scout.recommend import fit_bank, ranking, report_teacher
     from opd.analysis.scout.report import ScoutReport
 
     configs = {teacher: make_config(options, teacher) for teacher in options.teachers}
-    measurements: dict[str, dict[str, float]] = {}
+    measurements: dict[str, PairMeasurements] = {}
     refused: dict[str, str] = {}
     for teacher, config in configs.items():
         try:
@@ -155,7 +155,8 @@ def run_scout(options: ScoutOptions) -> "ScoutReport":
         raise InvalidInput(f"no teacher can be used: {reasons}")
     fitted = None if bank is None else fit_bank(bank)
     reports = tuple(
-        report_teacher(teacher, values, fitted) for teacher, values in measurements.items()
+        report_teacher(teacher, measured_pair, fitted)
+        for teacher, measured_pair in measurements.items()
     )
     teachers, ranked_by = ranking(reports)
     return ScoutReport(

@@ -8,7 +8,8 @@ Shapes: B responses, T response positions, M problems.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.catalogue import FULL, Metric
 from diagnostics.core.optional_fields import MissingField, require_distribution_stats
-from diagnostics.core.totals import Accumulator, Mean
+from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.bias import recommend_estimator
 from diagnostics.gradients.estimators import estimator_index
@@ -37,7 +38,15 @@ from opd.scoring.score import METRICS_ONLY, ScoredBatch, ScoreRequest, score_bat
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import teacher_type
-from opd.tokens.masking import resolve_mask_rules, rule_hits
+from opd.tokens.masking import (
+    THINK,
+    ResolvedMaskRules,
+    mask_rule_metrics,
+    resolve_mask_rules,
+    rule_hits,
+    special_ids,
+)
+from opd.tokens.token_bytes import token_bytes
 from opd.training.checks.same_weights import is_same_source, same_weights
 from opd.training.gradient_probe import family_gradients
 from opd.training.setup import load_problem_task, require_answers
@@ -49,8 +58,7 @@ GROUP_SIZE = 4
 SUPPORT_K = 32
 """Depth of both models' top-K lists, or the vocabulary's size if that is smaller."""
 SPECIAL_RULES = ("role:special", "role:think")
-"""Mask rules of the special tokens: end and padding tokens, added tokens, and think tags in any
-split."""
+"""Mask rules of the special tokens, to which `special_rules` adds the text of each in any split."""
 
 PANEL = (
     *("sampled_divergence", "exact_divergence", "uncertainty", "overlap", "nested_outside"),
@@ -100,6 +108,30 @@ ESTIMATORS = {
 """Signal-to-noise ratio -> estimator of the gamma family and its discount."""
 
 
+@dataclass(frozen=True)
+class RuleShare:
+    """What a mask rule would remove from the student's rollouts."""
+
+    rule: str
+    """Text of the rule."""
+    tokens: float
+    """Share of the sampled tokens."""
+    signal: float
+    """Share of sum |log student - log teacher|."""
+    gap: float
+    """Mean of log student - log teacher over the tokens of the rule, in nats."""
+
+
+@dataclass(frozen=True)
+class PairMeasurements:
+    """What was measured on a pair."""
+
+    values: Mapping[str, float]
+    """Measurements by name."""
+    rules: tuple[RuleShare, ...]
+    """Special tokens that the student wrote, each by the rule that would mask it."""
+
+
 def pair_measurements(
     student: str | Path,
     teacher: str | Path,
@@ -123,11 +155,10 @@ def pair_measurements(
     Returns:
         Measurements by name.
     """
-    return measure_pair(
-        scout_config(
-            str(student), str(teacher), str(task), max_prompt, max_response, rollouts, seed
-        )
+    config = scout_config(
+        str(student), str(teacher), str(task), max_prompt, max_response, rollouts, seed
     )
+    return dict(measure_pair(config).values)
 
 
 def scout_config(
@@ -173,7 +204,7 @@ def scout_config(
     )
 
 
-def measure_pair(config: Config) -> dict[str, float]:
+def measure_pair(config: Config) -> PairMeasurements:
     """Measure a pair from one step of rollouts on training problems.
 
     The student writes `group_size` responses to each of `prompts_per_step` problems; the teacher
@@ -190,7 +221,7 @@ def measure_pair(config: Config) -> dict[str, float]:
             teacher's minus the student's on the same problems.
         continuation_gain: Of the teacher over the student, from the student's prefixes
             (`opd.analysis.continuation.paired_gain`).
-        The names of COLUMNS: Metrics of the catalogue; special tokens are those of SPECIAL_RULES,
+        The names of COLUMNS: Metrics of the catalogue; special tokens are those of `special_rules`,
             their gap is the mean of log student - log teacher over them, "plain" that over others.
         The names of ESTIMATORS: Squared length of the mean gradient of the LM head divided by the
             variance of one response's gradient, NaN where it cannot be estimated.
@@ -224,14 +255,16 @@ def measure_pair(config: Config) -> dict[str, float]:
     rollouts = rollouts.with_fields(reward=torch.tensor(correct, device=rollouts.mask.device))
     batch = score_batch(pair.student, pair.teacher, prompts, rollouts, _score_request(config, pair))
     student_correct = np.array(correct).reshape(len(problems), -1)
-    return {
-        **metric_values(pair, batch.scored),
+    rules = special_rules(pair, batch.scored)
+    values = {
+        **metric_values(batch.scored, rules),
         **accuracy_values(config, pair, task, first_prompts, student_correct),
         **continuation_values(config, pair, task, first_prompts, rollouts, student_correct),
         **gradient_values(config, pair, batch),
         "prompts": float(len(problems)),
         "responses": float(len(prompts)),
     }
+    return PairMeasurements(values, rule_shares(batch.scored, rules))
 
 
 def check_teacher(config: Config) -> None:
@@ -291,17 +324,62 @@ def _sample(
     )
 
 
-def metric_values(pair: ModelPair, batch: ScoredRollouts) -> dict[str, float]:
-    """Compute the measurements of COLUMNS with their standard errors.
+def special_rules(pair: ModelPair, batch: ScoredRollouts) -> list[ResolvedMaskRules]:
+    """Return the rules of special tokens: SPECIAL_RULES and the text of each that was written.
+
+    A model may write the text of a special token in other tokens, which the other model does not
+    expect; its rule finds the text in any split.
 
     Args:
         pair: Student and teacher.
+        batch: Rollouts of the student.
+
+    Returns:
+        The rules, those of texts last.
+    """
+    table = token_bytes(pair.tokenizer)
+    rows = zip(batch.tokens.tolist(), batch.sampled.tolist(), strict=True)
+    written_texts = [
+        b"".join(table[v] for v, sampled in zip(*row, strict=True) if sampled and v < len(table))
+        for row in rows
+    ]
+    names = sorted({pair.tokenizer.decode([v]) for v in special_ids(pair.tokenizer)} | {*THINK})
+    occurring_names = [
+        name for name in names if any(name.encode() in text for text in written_texts)
+    ]
+    return resolve_mask_rules(
+        [*SPECIAL_RULES, *(f"string:{name}" for name in occurring_names)], pair.tokenizer, pair.eos
+    )
+
+
+def rule_shares(batch: ScoredRollouts, rules: Sequence[ResolvedMaskRules]) -> tuple[RuleShare, ...]:
+    """Return what the rules of texts would each remove, the largest share of the signal first."""
+    text_rules = [rule for rule in rules if rule.name.startswith("string:")]
+    values = compute(mask_rule_metrics(batch, text_rules)) if text_rules else {}
+    shares = []
+    for rule in text_rules:
+        hits = rule_hits(batch.tokens, batch.sampled, rule)
+        shares.append(
+            RuleShare(
+                rule=rule.name,
+                tokens=values[f"mask/{rule.name}/tokens"],
+                signal=values[f"mask/{rule.name}/signal"],
+                gap=Mean.from_values(batch.log_ratio, hits).value(),
+            )
+        )
+    return tuple(sorted(shares, key=lambda share: -share.signal))
+
+
+def metric_values(batch: ScoredRollouts, rules: Sequence[ResolvedMaskRules]) -> dict[str, float]:
+    """Compute the measurements of COLUMNS with their standard errors.
+
+    Args:
         batch: Scored rollouts of the student.
+        rules: Rules of the special tokens.
 
     Returns:
         Measurements by name; NaN where a metric is not defined.
     """
-    rules = resolve_mask_rules(SPECIAL_RULES, pair.tokenizer, pair.eos)
 
     def special_tokens(batch: ScoredRollouts) -> dict[str, Accumulator]:
         hits = [rule_hits(batch.tokens, batch.sampled, rule) for rule in rules]

@@ -21,7 +21,7 @@ from opd.analysis.scout.forecast import (
     forecast_collapse,
     forecast_gain,
 )
-from opd.analysis.scout.measure import SPECIAL_RULES
+from opd.analysis.scout.measure import PairMeasurements, RuleShare
 from opd.analysis.scout.validation import Interval, Verdict, judge
 
 MARGIN = 0.05
@@ -32,8 +32,8 @@ DEPTHS = (1, 8, 16, 32)
 MAX_OUTSIDE = 0.01
 """Student's probability outside of the teacher's top-K that is accepted."""
 MIN_SPECIAL_GAP, MIN_SPECIAL_RATIO = 1.0, 3.0
-"""Mean log-ratio in nats of special tokens, and their share of the signal in units of their share
-of the tokens, from which they are masked."""
+"""Mean log-ratio in nats of a special token, and its share of the signal in units of its share of
+the tokens, from which it is masked."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class TeacherReport:
 
     teacher: str
     measurements: Mapping[str, float]
+    rules: tuple[RuleShare, ...]
+    """Special tokens that the student wrote, each by the rule that would mask it."""
     outside: tuple[str, ...]
     """Features outside of the bank, with their range there; nothing is forecast then."""
     forecasts: tuple[MethodForecast, ...]
@@ -114,19 +116,19 @@ def features_outside(bank: Bank, features: Array) -> tuple[str, ...]:
 
 
 def report_teacher(
-    teacher: str, measurements: Mapping[str, float], fitted: FittedBank | None
+    teacher: str, measured_pair: PairMeasurements, fitted: FittedBank | None
 ) -> TeacherReport:
     """Forecast every method of a bank on a pair, and choose settings.
 
     Args:
         teacher: Name of the teacher.
-        measurements: Measurements of the pair.
+        measured_pair: Measurements of the pair.
         fitted: The bank; None if there is none.
 
     Returns:
         The report.
     """
-    outside: tuple[str, ...] = ()
+    measurements, outside = measured_pair.values, tuple[str, ...]()
     forecasts: tuple[MethodForecast, ...] = ()
     method = Choice("", "no bank of runs")
     if fitted is not None:
@@ -138,11 +140,12 @@ def report_teacher(
     return TeacherReport(
         teacher=teacher,
         measurements=measurements,
+        rules=measured_pair.rules,
         outside=outside,
         forecasts=forecasts,
         method=method,
         support_k=choose_support(measurements),
-        mask=choose_mask(measurements),
+        mask=choose_mask(measured_pair.rules),
         gamma=choose_gamma(measurements),
     )
 
@@ -237,18 +240,21 @@ def choose_support(measurements: Mapping[str, float]) -> Choice:
     )
 
 
-def choose_mask(measurements: Mapping[str, float]) -> Choice:
-    """Choose whether special tokens are masked, by their gap and their share of the signal."""
-    gap, share, signal = (measurements[f"special_{name}"] for name in ("gap", "share", "signal"))
-    if not math.isfinite(gap):
+def choose_mask(rules: tuple[RuleShare, ...]) -> Choice:
+    """Choose which special tokens are masked, by their gap and their share of the signal."""
+    if not rules:
         return Choice("", "the student wrote no special token")
-    text = (
-        f"special tokens are {share:.1%} of the tokens and {signal:.1%} of the signal, with a mean "
-        f"log-ratio of {gap:+.2f}"
-    )
-    if gap >= MIN_SPECIAL_GAP and signal >= MIN_SPECIAL_RATIO * share:
-        return Choice(" ".join(SPECIAL_RULES), text)
-    return Choice("", text)
+    masked_rules = [
+        share
+        for share in rules
+        if share.gap >= MIN_SPECIAL_GAP and share.signal >= MIN_SPECIAL_RATIO * share.tokens
+    ]
+    texts = [
+        f"{share.rule.removeprefix('string:')} is {share.tokens:.1%} of the tokens and "
+        f"{share.signal:.1%} of the signal, with a mean log-ratio of {share.gap:+.2f}"
+        for share in masked_rules or rules[:1]
+    ]
+    return Choice(" ".join(share.rule for share in masked_rules), "; ".join(texts))
 
 
 def choose_gamma(measurements: Mapping[str, float]) -> Choice:

@@ -12,6 +12,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.files import read_object
 from opd.analysis.scout.forecast import LEVEL
+from opd.analysis.scout.measure import RuleShare
 from opd.analysis.scout.recommend import Choice, MethodForecast, TeacherReport
 from opd.analysis.scout.validation import Interval, Validation
 
@@ -119,6 +120,7 @@ def _teacher_from_json(data: Mapping[str, Any]) -> TeacherReport:
             name: math.nan if value is None else float(value)
             for name, value in data["measurements"].items()
         },
+        rules=tuple(RuleShare(**rule) for rule in data["rules"]),
         outside=tuple(data["outside"]),
         forecasts=tuple(
             MethodForecast(

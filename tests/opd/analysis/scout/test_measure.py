@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts, encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, CONTROL, ROLLOUT, derive_seed
+from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 from opd.teachers.pair import ModelPair, load_pair
 from opd.training import gradient_probe
 from opd.training.setup import load_problem_task
@@ -51,7 +53,7 @@ def values(config: Config) -> Iterator[dict[str, float]]:
             "random_projection",
             lambda vocabulary, hidden, seed: identity_projection(vocabulary, hidden),
         )
-        yield measure.measure_pair(config)
+        yield dict(measure.measure_pair(config).values)
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +144,16 @@ def test_divergences_and_top_k_lists_are_those_of_whole_distributions(values, de
     assert values["length"] == pytest.approx(len(flat) / len(dense))
 
 
-def test_special_tokens_and_their_gap(values, pair: ModelPair, dense) -> None:
+def test_special_tokens_and_their_gap(config: Config, values, pair: ModelPair, dense) -> None:
     special_ids = set(pair.tokenizer.all_special_ids) | {
         i for i, token in pair.tokenizer.added_tokens_decoder.items() if token.special
     }
     gaps: dict[bool, list[float]] = {True: [], False: []}
+    by_id: dict[int, list[float]] = {}
     for token in (token for row in dense for token in row):
         r = float((token["p"] - token["q"])[token["token"]])
         gaps[int(token["token"]) in special_ids].append(r)
+        by_id.setdefault(int(token["token"]), []).append(r)
     assert len(gaps[True]) >= 3, "the test needs special tokens"
     num_tokens = sum(map(len, gaps.values()))
     assert values["special_share"] == pytest.approx(len(gaps[True]) / num_tokens)
@@ -157,6 +161,45 @@ def test_special_tokens_and_their_gap(values, pair: ModelPair, dense) -> None:
     assert values["plain_gap"] == pytest.approx(np.mean(gaps[False]), rel=1e-3)
     signal = {k: np.abs(v).sum() for k, v in gaps.items()}
     assert values["special_signal"] == pytest.approx(signal[True] / sum(signal.values()), rel=1e-3)
+    rules = {share.rule: share for share in measure.measure_pair(config).rules}
+    expected_ids = special_ids & by_id.keys()
+    assert rules.keys() == {f"string:{pair.tokenizer.decode([v])}" for v in expected_ids}
+    for v in expected_ids:
+        share = rules[f"string:{pair.tokenizer.decode([v])}"]
+        assert share.tokens == pytest.approx(len(by_id[v]) / num_tokens)
+        assert share.gap == pytest.approx(np.mean(by_id[v]), rel=1e-3)
+        part = np.abs(by_id[v]).sum() / sum(signal.values())
+        assert share.signal == pytest.approx(part, rel=1e-3)
+    assert [share.signal for share in rules.values()] == sorted(
+        (share.signal for share in rules.values()), reverse=True
+    )
+
+
+def test_a_special_token_that_is_spelled_is_special_too(pair: ModelPair, sampled) -> None:
+    prompts, rollouts = sampled
+    spelled = pair.tokenizer.encode("a<|im_end|>b", add_special_tokens=False)
+    pieces = [pair.tokenizer.encode(c, add_special_tokens=False)[0] for c in "<|im_end|>"]
+    ids = [spelled[0], *pieces, spelled[-1]]
+    tokens = rollouts.tokens[:1].clone()
+    tokens[0, : len(ids)] = torch.tensor(ids)
+    mask = torch.arange(tokens.shape[1])[None] < len(ids)
+    row = rollouts.rows([0]).with_fields(
+        tokens=tokens,
+        mask=mask,
+        sampler_logp=rollouts.sampler_logp[:1] * mask,
+        softmax_logp=None,
+        ended=torch.tensor([False]),
+    )
+    depth = measure.SUPPORT_K
+    request = ScoreRequest(requirements=replace(METRICS_ONLY, support="union", support_k=depth))
+    scored = score_batch(pair.student, pair.teacher, prompts.rows([0]), row, request).scored
+    rules = measure.special_rules(pair, scored)
+    assert "string:<|im_end|>" in [rule.name for rule in rules]
+    (share,) = measure.rule_shares(scored, rules)
+    r = scored.log_ratio[0, 1 : 1 + len(pieces)]
+    assert share.tokens == pytest.approx(len(pieces) / len(ids))
+    assert share.gap == pytest.approx(float(r.mean()), rel=1e-4)
+    assert measure.metric_values(scored, rules)["special_share"] == pytest.approx(share.tokens)
 
 
 def test_signal_to_noise_is_that_of_the_gradients_of_the_head(values, dense) -> None:

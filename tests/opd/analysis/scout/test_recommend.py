@@ -11,6 +11,7 @@ from diagnostics.errors import InvalidInput
 from opd.analysis.scout import recommend
 from opd.analysis.scout.bank import FEATURES, pair_features
 from opd.analysis.scout.forecast import fit_collapse, fit_gain, forecast_collapse, forecast_gain
+from opd.analysis.scout.measure import PairMeasurements, RuleShare
 from opd.analysis.scout.recommend import FittedBank, MethodForecast, report_teacher
 from opd.analysis.scout.report import ScoutReport, format_report, read_report, write_report
 from opd.analysis.scout.validation import Verdict, validate
@@ -18,13 +19,19 @@ from tests.helpers.scout_banks import START, measurements, synthetic_bank
 
 EFFECTS = {"continuation_gain": 0.5, "log_reverse_kl": -0.1}
 OTHERS = {
-    "special_share": 0.02,
     "best_gamma": 0.9,
     "responses": 64.0,
     "outside_top1": 0.1,
     "outside_top8": 0.02,
     "outside_top32": 0.001,
 }
+
+
+RULES = (RuleShare("string:<s>", 0.02, 0.4, 6.0), RuleShare("string:<e>", 0.01, 0.02, 3.0))
+
+
+def measured(values: dict[str, float]) -> PairMeasurements:
+    return PairMeasurements(values, RULES)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,7 @@ def values() -> dict[str, float]:
 
 
 def test_a_pair_is_forecast_for_every_method_best_first(fitted: FittedBank, values) -> None:
-    report = report_teacher("teacher", values, fitted)
+    report = report_teacher("teacher", measured(values), fitted)
     assert report.outside == ()
     features = pair_features(values)[None]
     gains = [f.gain[0] for f in report.forecasts if f.gain is not None]
@@ -62,19 +69,19 @@ def test_a_pair_is_forecast_for_every_method_best_first(fitted: FittedBank, valu
         assert forecast.collapse == pytest.approx([float(x[0]) for x in collapse])
         runs = fitted.bank.method == forecast.method
         assert forecast.average_gain == pytest.approx(fitted.bank.gain[runs].mean())
-    higher = report_teacher("b", {**values, "continuation_gain": 0.35}, fitted)
+    higher = report_teacher("b", measured({**values, "continuation_gain": 0.35}), fitted)
     assert higher.forecasts[0].gain[0] > report.forecasts[0].gain[0]  # type: ignore[index]
 
 
 def test_a_pair_outside_of_the_bank_is_not_forecast(fitted: FittedBank, values) -> None:
-    report = report_teacher("teacher", {**values, "reverse_kl": 90.0}, fitted)
+    report = report_teacher("teacher", measured({**values, "reverse_kl": 90.0}), fitted)
     low, high = np.sort(fitted.bank.features[:, list(FEATURES).index("log_reverse_kl")])[[0, -1]]
     assert report.outside == (f"log_reverse_kl 4.5 (bank {low:.3g} to {high:.3g})",)
     assert all(f.gain is None and f.collapse is None for f in report.forecasts)
     assert report.method.value == ""
     edge = math.exp(high + 0.9 * recommend.MARGIN * (high - low))
-    assert report_teacher("teacher", {**values, "reverse_kl": edge}, fitted).outside == ()
-    undefined = report_teacher("teacher", {**values, "special_gap": math.nan}, fitted)
+    assert report_teacher("teacher", measured({**values, "reverse_kl": edge}), fitted).outside == ()
+    undefined = report_teacher("teacher", measured({**values, "special_gap": math.nan}), fitted)
     assert undefined.outside == ()
     assert undefined.forecasts[0].gain is not None
 
@@ -82,7 +89,7 @@ def test_a_pair_outside_of_the_bank_is_not_forecast(fitted: FittedBank, values) 
 @pytest.mark.parametrize("what", ["gain", "collapse"])
 def test_doubts_withhold_a_forecast_and_say_so(fitted: FittedBank, values, what: str) -> None:
     verdict = replace(fitted.verdict, **{f"{what}_doubts": ("for a reason",)})
-    report = report_teacher("teacher", values, replace(fitted, verdict=verdict))
+    report = report_teacher("teacher", measured(values), replace(fitted, verdict=verdict))
     assert all(getattr(f, what) is None for f in report.forecasts)
     other = {"gain": "collapse", "collapse": "gain"}[what]
     assert all(getattr(f, other) is not None for f in report.forecasts)
@@ -120,11 +127,13 @@ def test_k_is_the_smallest_list_that_leaves_little_outside(values) -> None:
 
 
 def test_special_tokens_are_masked_where_they_carry_the_signal(values) -> None:
-    heavy = {**values, "special_share": 0.02, "special_signal": 0.4, "special_gap": 6.0}
-    assert recommend.choose_mask(heavy).value == "role:special role:think"
-    assert recommend.choose_mask({**heavy, "special_gap": 0.5}).value == ""
-    assert recommend.choose_mask({**heavy, "special_share": 0.3}).value == ""
-    assert recommend.choose_mask({**heavy, "special_gap": math.nan}).value == ""
+    assert recommend.choose_mask(RULES).value == "string:<s>"
+    assert "6.00" in recommend.choose_mask(RULES).reason
+    both = (*RULES, RuleShare("string:<t>", 0.01, 0.03, 1.0))
+    assert recommend.choose_mask(both).value == "string:<s> string:<t>"
+    assert recommend.choose_mask(RULES[1:]).value == ""
+    assert recommend.choose_mask((replace(RULES[0], gap=0.9),)).value == ""
+    assert recommend.choose_mask(()).value == ""
     assert recommend.choose_gamma(values).value == "0.9"
     assert recommend.choose_gamma({**values, "best_gamma": math.nan}).value == ""
 
@@ -132,12 +141,15 @@ def test_special_tokens_are_masked_where_they_carry_the_signal(values) -> None:
 def test_teachers_are_ranked_by_forecast_or_else_by_what_was_measured(fitted, values) -> None:
     better = {**values, "continuation_gain": 0.3}
     reports = tuple(
-        report_teacher(name, x, fitted) for name, x in (("weak", values), ("strong", better))
+        report_teacher(name, measured(x), fitted)
+        for name, x in (("weak", values), ("strong", better))
     )
     teachers, ranked_by = recommend.ranking(reports)
     assert [x.teacher for x in teachers] == ["strong", "weak"]
     assert ranked_by == "best forecast gain"
-    odd = report_teacher("odd", {**values, "reverse_kl": 90.0, "continuation_gain": 0.25}, fitted)
+    odd = report_teacher(
+        "odd", measured({**values, "reverse_kl": 90.0, "continuation_gain": 0.25}), fitted
+    )
     teachers, ranked_by = recommend.ranking((odd, *reports))
     assert [x.teacher for x in teachers] == ["strong", "odd", "weak"]
     assert ranked_by == "measured continuation gain"
@@ -160,7 +172,9 @@ def scout_report(teachers, **doubts: tuple[str, ...]) -> ScoutReport:
 def test_a_report_can_be_read_again_and_printed_the_same(fitted, values, tmp_path: Path) -> None:
     undefined = {**values, "special_gap": math.nan}
     outside = {**values, "reverse_kl": 90.0}
-    teachers = [report_teacher(n, x, fitted) for n, x in (("a", undefined), ("b", outside))]
+    teachers = [
+        report_teacher(n, measured(x), fitted) for n, x in (("a", undefined), ("b", outside))
+    ]
     report = scout_report(teachers, gain_doubts=("a reason",))
     write_report(report, tmp_path / "scout.json")
     again = read_report(tmp_path / "scout.json")

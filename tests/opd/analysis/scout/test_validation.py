@@ -127,10 +127,10 @@ def test_scores_beside_single_predictors_with_their_best_sign() -> None:
 def test_regret_is_the_gain_that_the_choice_of_a_method_loses() -> None:
     pair = np.array(["a", "a", "a", "b", "b", "c"])
     method = np.array(["x", "x", "y", "x", "y", "x"])
-    gain = np.array([0.1, 0.3, 0.5, 0.4, 0.1, 9.0])
+    gain = np.array([0.1, 0.3, 0.5, 0.4, 0.2, 9.0])
     forecast = np.array([0.6, 0.4, 0.3, 0.2, 0.1, 0.0])
     assert mean_regret(forecast, gain, method, pair) == pytest.approx((0.5 - 0.2 + 0.0) / 2)
-    assert mean_regret(-forecast, gain, method, pair) == pytest.approx((0.0 + 0.4 - 0.1) / 2)
+    assert mean_regret(-forecast, gain, method, pair) == pytest.approx((0.0 + 0.4 - 0.2) / 2)
     assert math.isnan(mean_regret(forecast[5:], gain[5:], method[5:], pair[5:]))
 
 
