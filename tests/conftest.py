@@ -100,8 +100,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of LONG_FILES as long, and put those of LONGEST_FILES first."""
     folder = Path(__file__).parent
     long_paths = [folder / name for name in LONG_FILES]
+    is_long = {
+        path: any(path.is_relative_to(long_path) for long_path in long_paths)
+        for path in {item.path for item in items}
+    }
     for item in items:
-        if any(item.path.is_relative_to(path) for path in long_paths):
+        if is_long[item.path]:
             item.add_marker(pytest.mark.long)
     ranks = {folder / name: rank for rank, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
