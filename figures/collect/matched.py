@@ -12,6 +12,7 @@ import pandas as pd
 from diagnostics.alarms.alarms import replay
 from diagnostics.records import run_tables
 from diagnostics.records.rows import Row
+from diagnostics.records.run_cost import response_tokens
 from diagnostics.records.run_folder import RunFolder
 from figures.collect.paired import accuracy_interval, outcome_matrix
 from figures.collect.steps import EVALUATION_COLUMNS, check_same_problems, label_runs
@@ -66,14 +67,7 @@ def cumulative_cost(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Two arrays with one entry more than rows: entry n is the sum over the first n steps.
     """
-    step_seconds = [
-        sum(value for key, value in row.items() if key.startswith("seconds/") and value)
-        for row in rows
-    ]
-    tokens = [
-        row["machine/tokens_per_second"] * total
-        for row, total in zip(rows, step_seconds, strict=True)
-    ]
+    tokens = [response_tokens(row) for row in rows]
     seconds = [sum(row[f"seconds/{stage}"] for stage in STAGES) for row in rows]
     return tuple(np.concatenate([[0.0], np.cumsum(values)]) for values in (tokens, seconds))  # type: ignore[return-value]
 

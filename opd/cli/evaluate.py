@@ -23,7 +23,16 @@ from opd.config.problems import raise_problems
 from opd.config.settings import parse_template, setting_fields
 from opd.evaluation.measures import NO_MEASURES, Measures, without_long_results
 
-UNCOMPARED = {"out", "responses", "against", "device", "calibration", "teacher"}
+UNCOMPARED = {
+    "export",
+    "export_folder",
+    "out",
+    "responses",
+    "against",
+    "device",
+    "calibration",
+    "teacher",
+}
 """Options that may differ between two evaluations without a note."""
 
 
@@ -74,6 +83,10 @@ class EvaluationOptions:
     """JSON file for the results, outcomes and settings"""
     responses: Path | None = None
     """JSONL file for the responses, one line per problem"""
+    export: Literal["none", "lm-eval", "inspect"] = "none"
+    """harness for which --export-folder repeats this evaluation"""
+    export_folder: Path = Path("export")
+    """folder of --export: a task file, the problems and, where needed, a tokenizer"""
     against: Path | None = None
     """earlier --out file on the same problems, for a paired comparison"""
 
@@ -88,9 +101,12 @@ def main(argv: list[str]) -> None:
     for path in filter(None, (options.out, options.responses)):
         path.parent.mkdir(parents=True, exist_ok=True)
     from opd.data.sources import Columns
+    from opd.envs.task import is_games
     from opd.evaluation.evaluate import response_records
-    from opd.evaluation.folder import EvaluationSettings, measure_folder
+    from opd.evaluation.folder import EvaluationSettings, export_evaluation, measure_folder
 
+    if options.export != "none" and is_games(options.evaluation.eval_task or options.task):
+        raise InvalidInput("games cannot be exported to lm-eval or Inspect; leave out --export")
     evaluation_settings = EvaluationSettings(
         task=options.task,
         evaluation=options.evaluation,
@@ -118,6 +134,8 @@ def main(argv: list[str]) -> None:
             json.loads(json.dumps(settings, default=str)),
         )
         summary |= {"against/settings": different_settings} if different_settings else {}
+    if options.export != "none":
+        export_evaluation(options.export, options.export_folder, evaluation, evaluation_settings)
     print(json.dumps(without_long_results(summary)))
     if options.out is not None:
         text = json.dumps({**summary, "settings": settings}, indent=1, default=str)

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from diagnostics.errors import InvalidInput
+from diagnostics.records.run_cost import run_cost
 from opd.config.groups import EvalConfig, GamesConfig
 from opd.data.chat_template import set_chat_template
 from opd.data.sources import DEFAULT_COLUMNS, Columns
@@ -18,6 +20,7 @@ from opd.evaluation.answer_confidence import answer_confidence
 from opd.evaluation.calibration import calibration_metrics, excess_by_problem, vote_confidence
 from opd.evaluation.comparison import compare_results, with_prefix
 from opd.evaluation.evaluate import evaluation_result, problem_fingerprint
+from opd.evaluation.harness_export import Harness, export_task
 from opd.evaluation.measures import BY_PROBLEM, NO_MEASURES, Measures
 from opd.evaluation.recovery import RecoveryRecord, measure_recovery
 from opd.evaluation.responses import GradedResponses, respond
@@ -83,8 +86,12 @@ class Evaluation:
     """The responses."""
     metrics: dict[str, Any]
     """`opd.evaluation.evaluate.evaluation_result`, and the results of further measures."""
-    recovery: list[RecoveryRecord] = field(default_factory=list)
+    recovery: list[RecoveryRecord]
     """The continued prefixes."""
+    loaded: LoadedModel
+    """The model."""
+    problems: Task | GameTask
+    """The task."""
 
 
 def respond_folder(name: str, task: str, **settings: Any) -> GradedResponses:
@@ -154,7 +161,7 @@ def measure_folder(
         check_same_vocabulary(loaded.tokenizer, teacher.tokenizer)
 
     graded = respond_with(loaded, problems, settings)
-    metrics = evaluation_result(graded)
+    metrics = evaluation_result(graded) | cost_of_model(Path(name))
     if measures.calibration:
         metrics |= calibrate(loaded, graded, settings)
     records: list[RecoveryRecord] = []
@@ -184,7 +191,34 @@ def measure_folder(
         metrics |= ceiling_metrics(metrics, teacher_result, against)
     if against is not None:
         metrics |= with_prefix("against", compare_results(against, metrics))
-    return Evaluation(graded, metrics, records)
+    return Evaluation(graded, metrics, records, loaded, problems)
+
+
+def export_evaluation(
+    harness: Harness, folder: Path, evaluation: Evaluation, settings: EvaluationSettings
+) -> None:
+    """Write a folder with which lm-eval or Inspect repeats an evaluation (`export_task`)."""
+    assert isinstance(evaluation.problems, Task)
+    sampling = settings.evaluation
+    export_task(
+        harness,
+        folder,
+        evaluation.loaded.tokenizer,
+        evaluation.loaded.eos,
+        evaluation.problems,
+        problems=sampling.eval_problems,
+        max_response=settings.max_response,
+        temperature=sampling.eval_temperature,
+        top_p=sampling.eval_top_p,
+        samples=sampling.eval_samples,
+    )
+
+
+def cost_of_model(path: Path) -> dict[str, float]:
+    """Return what the run has cost that trained a model, if it is final/ of a run folder."""
+    run = path.resolve().parent
+    is_final = path.name == "final" and (run / "rows.jsonl").exists()
+    return run_cost(run) if is_final else {}
 
 
 def load_evaluated(name: str, settings: EvaluationSettings) -> LoadedModel:

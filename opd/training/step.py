@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, concatenate
+from diagnostics.batch import TEACHER, Rollouts, concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text
@@ -132,6 +132,47 @@ def make_row(
             columns = compute(distributed.all_reduce_accumulators(task_rollouts.accumulators))
             row |= task.columns(columns, several)
     return row
+
+
+def count_tokens(
+    tasks: Sequence[TaskState], batches: Sequence[ScoredBatch]
+) -> tuple[float, dict[str, float]]:
+    """Count what a step sampled and scored, over all processes.
+
+    Scoring by a cache reads nothing, and so does a run without a teacher. Replayed responses were
+    sampled in an earlier step. Probes, checks and measurements of a view are not counted.
+
+    Args:
+        tasks: Tasks of the step.
+        batches: Their batches.
+
+    Returns:
+        Number of response tokens, and `cost/student_tokens` and `cost/teacher_sampled_tokens`, the
+        tokens that each model sampled for the step, and `cost/teacher_tokens`, the tokens of
+        prompts and responses that the teacher read to score them.
+    """
+    counts = torch.zeros(4, dtype=torch.float64, device=batches[0].scored.tokens.device)
+    for task, batch in zip(tasks, batches, strict=True):
+        scored, teacher = batch.scored, task.pair.teacher
+        lengths = scored.lengths.double()
+        is_new = torch.ones_like(scored.own_rows)
+        if parse_prefixes(task.config.rollout.prefixes).replay_age:
+            is_new = scored.age == 0
+        is_teachers = (
+            torch.zeros_like(is_new) if scored.origin is None else scored.origin == TEACHER
+        )
+        parts = [
+            lengths.sum(),
+            lengths[scored.own_rows & is_new].sum(),
+            lengths[is_teachers].sum(),
+            torch.zeros_like(lengths).sum(),
+        ]
+        if teacher.capabilities and not teacher.is_recorded:
+            parts[3] = lengths.sum() + batch.prompts.teacher_prompts.mask.sum()
+        counts += torch.stack(parts)
+    totals = distributed.all_reduce_sum(counts).tolist()
+    names = ("student_tokens", "teacher_sampled_tokens", "teacher_tokens")
+    return totals[0], {f"cost/{name}": x for name, x in zip(names, totals[1:], strict=True)}
 
 
 def roll_out_step(

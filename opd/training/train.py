@@ -50,7 +50,7 @@ from opd.training.result import TrainResult
 from opd.training.score_cache import check_caches
 from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
 from opd.training.state import TaskState, TrainState, is_due
-from opd.training.step import make_row, roll_out, save_batch, with_view_effect
+from opd.training.step import count_tokens, make_row, roll_out, save_batch, with_view_effect
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
 from opd.training.validation import validate
@@ -122,10 +122,9 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         ("rollout", "score", "update", "record"), laps, laps[1:], strict=False
     ):
         row[f"seconds/{name}"] = end - start
-    num_tokens = torch.stack([batch.scored.lengths.sum().double() for batch in batches]).sum()
-    row["machine/tokens_per_second"] = float(distributed.all_reduce_sum(num_tokens)) / (
-        laps[-1] - laps[0]
-    )
+    num_tokens, costs = count_tokens(tasks, batches)
+    row["machine/tokens_per_second"] = num_tokens / (laps[-1] - laps[0])
+    row |= costs
     row["machine/peak_gib"] = peak_gib(student.device)
     record_step(state, tasks, step, row, log)
 
