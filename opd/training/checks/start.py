@@ -26,7 +26,7 @@ from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
 from opd.training.checks.check_result import TEXTS, CheckResult
-from opd.training.checks.expected_loss import rounding_unit
+from opd.training.checks.expected_loss import ROUNDING, rounding_unit
 from opd.training.checks.rescoring import MAX_ROUNDING_UNITS, model_state
 from opd.training.checks.update import sampled_indices
 
@@ -334,16 +334,23 @@ def check_forward_pass(role: str, model: CausalLM, tokenizer: Any, config: Confi
     if not bool(first_pass.isfinite().all()):
         advice = "the weights are corrupt or diverged: load an earlier checkpoint"
         return CheckResult(item, "fail", "log-probabilities are not finite", advice, numbers)
+    max_units = MAX_FLOAT32_UNITS if unit == ROUNDING["float32"] else MAX_ROUNDING_UNITS
     for name, problem, advice in FORWARD_CHECKS:
-        if not numbers[name] <= MAX_ROUNDING_UNITS:
+        if not numbers[name] <= max_units:
             message = (
                 f"{problem}, by {numbers[name] * unit:.2g} nats "
-                f"(rounding explains {MAX_ROUNDING_UNITS * unit:.1g})"
+                f"(rounding explains {max_units * unit:.1g})"
             )
             return CheckResult(item, "fail", message, advice, numbers)
     return CheckResult(item, "ok", "each row's output depends on its own text only", "", numbers)
 
 
+MAX_FLOAT32_UNITS = 4 * MAX_ROUNDING_UNITS
+"""Largest units of rounding of the largest difference over positions, in float32.
+
+Small models with large weights, on text that they never saw, exceed the root mean square by this
+factor (9e-5 nats was seen); no fault of padding, masks or order is below 1e-3 nats.
+"""
 FORWARD_CHECKS = (
     (
         "chance",
