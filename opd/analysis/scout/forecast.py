@@ -24,7 +24,7 @@ from opd.analysis.scout.bank import Array, Bank
 
 SHAPES = ("none", "linear", "gaussian")
 """Shapes of the covariance of features."""
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
+PENALTIES = (0.3, 1.0, 3.0)
 """Candidates for the variance of a run's noise, in units of the prior variance of an effect."""
 MEAN_VARIANCE = 100.0
 """Prior variance C0 of the mean over all runs: it is hardly shrunk."""

@@ -26,7 +26,7 @@ from opd.analysis.scout.forecast import (
 from opd.analysis.scout.scores import auroc, spearman_within
 
 FORECAST = "forecast"
-RESAMPLES = 400
+RESAMPLES = 200
 """Bootstrap samples of pairs."""
 MIN_PAIRS, MIN_FAMILIES, MIN_COLLAPSED = 8, 3, 5
 """Fewest pairs and families of a bank that forecasts; fewest pairs with a collapse, and without."""
