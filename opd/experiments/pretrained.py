@@ -27,8 +27,8 @@ SHARED_SETTINGS = (
     *("--max-prompt", str(DEFAULT_TEACHING.max_prompt)),
     *("--max-response", str(DEFAULT_TEACHING.max_response)),
     *("--prompts-per-step", "8", "--group-size", "1", "--support-k", "16"),
-    *("--steps", "36", "--lr", "2e-5", "--warmup", "3", "--dtype", "bfloat16", "--device", "cpu"),
-    *("--eval-every", "0", "--save-every", "6", "--save-batch-every", "12"),
+    *("--steps", "24", "--lr", "5e-5", "--warmup", "2", "--dtype", "bfloat16", "--device", "cpu"),
+    *("--eval-every", "0", "--save-every", "6", "--save-batch-every", "8"),
     *("--rescore-every", "0", "--full-metrics-every", "4"),
 )
 
