@@ -129,11 +129,12 @@ print(json.dumps({
 }))
 """
 INSPECT = """
-import json, sys
+import json, os, sys
 from inspect_ai import eval as inspect_eval
 folder, model = sys.argv[1:]
+os.chdir(folder)  # Inspect takes relative paths of tasks alone
 (log,) = inspect_eval(
-    f"{folder}/opdlab_task.py",
+    "opdlab_task.py",
     model="hf/local",
     model_args={"model_path": model, "tokenizer_path": f"{folder}/tokenizer", "do_sample": False,
         "device": "cpu"},
