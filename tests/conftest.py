@@ -168,10 +168,20 @@ class SkipCheck:
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(student, teacher) folders; the student's generation config is hostile on purpose."""
+    """(student, teacher) folders of models of one layer, half as expensive as two."""
+    return save_random_pair(tmp_path_factory.mktemp("pair"), layers=1)
+
+
+@pytest.fixture(scope="session")
+def two_layer_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(student, teacher) folders, for what could treat layers differently."""
+    return save_random_pair(tmp_path_factory.mktemp("deep pair"), layers=2)
+
+
+def save_random_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+    """Save two random models; the student's generation config is hostile on purpose."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    folder = tmp_path_factory.mktemp("pair")
     for seed, name in enumerate(("student", "teacher")):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -180,7 +190,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                     vocab_size=len(make_tokenizer()),
                     hidden_size=32,
                     intermediate_size=64,
-                    num_hidden_layers=2,
+                    num_hidden_layers=layers,
                     num_attention_heads=2,
                     num_key_value_heads=2,
                     max_position_embeddings=256,

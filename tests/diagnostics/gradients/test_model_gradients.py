@@ -43,7 +43,7 @@ OBJECTIVE = {
 
 
 @pytest.fixture(scope="module")
-def language(tiny_pair: tuple[Path, Path]):
+def language(two_layer_pair: tuple[Path, Path]):
     """Score four prompts with two rollouts each by the trainer's code at temperature 0.8."""
     from opd.data.chain_task import Problem
     from opd.data.prompts import encode_prompts
@@ -53,7 +53,7 @@ def language(tiny_pair: tuple[Path, Path]):
     from opd.teachers.pair import load_pair
     from tests.helpers.requests import full_request
 
-    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
+    pair = load_pair(str(two_layer_pair[0]), str(two_layer_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
     prompts = encode_prompts(pair.tokenizer, problems, 2, 64)
     rollouts = sample(

@@ -166,25 +166,29 @@ def scored(folder: Path, step: int) -> ScoredRollouts:
     return batch
 
 
-def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tiny_pair) -> None:
+def test_rows_that_end_within_a_block_are_refused_on_a_cpu(two_layer_pair) -> None:
     """On processors with AVX-512 wrong scales would cause errors as large as the weights."""
     with pytest.raises(ValueError, match=r"q_proj has 32 inputs, expected a multiple of 64.*int8"):
-        load_model(str(tiny_pair[1]), "cpu", "float32", weights="nf4")
+        load_model(str(two_layer_pair[1]), "cpu", "float32", weights="nf4")
 
 
-def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
+def test_what_cannot_be_quantised_is_refused(two_layer_pair, tmp_path: Path, monkeypatch) -> None:
     for changes, words in (
         ({"offload_teacher": True}, "saved if offload_teacher is set"),
         ({"teacher": "ema", "reward_weight": 1.0}, r"derived from the student \(ema\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            train(with_settings(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes))
+            train(
+                with_settings(settings(two_layer_pair, tmp_path), teacher_weights="nf4", **changes)
+            )
     with pytest.raises(ValueError, match="no teacher runs in this process"):
         train(
             settings(
-                (tiny_pair[0], "http://127.0.0.1:9/v1"), tmp_path / "far", teacher_weights="nf4"
+                (two_layer_pair[0], "http://127.0.0.1:9/v1"),
+                tmp_path / "far",
+                teacher_weights="nf4",
             )
         )
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'opdlab\[quantised\]'"):
-        train(settings(tiny_pair, tmp_path / "run", teacher_weights="int8"))
+        train(settings(two_layer_pair, tmp_path / "run", teacher_weights="int8"))

@@ -8,8 +8,8 @@ from opd.teachers.pair import load_pair
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pair):
-    return load_pair(*map(str, tiny_pair), "cpu", "float32")
+def pair(two_layer_pair):
+    return load_pair(*map(str, two_layer_pair), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -201,10 +201,10 @@ def test_dropout_is_off_while_sampling(pair, prompts) -> None:
             layer.self_attn.attention_dropout = 0.0
 
 
-def test_adapters_take_part(tiny_pair, prompts) -> None:
+def test_adapters_take_part(two_layer_pair, prompts) -> None:
     import peft
 
-    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+    pair = load_pair(*map(str, two_layer_pair), "cpu", "float32")
     plain = sample_rollouts(pair.student, prompts, pair.eos)
     network = with_lora_adapters(peft, pair.student.network)
     batch = sample_rollouts(replace(pair.student, network=network), prompts, pair.eos)

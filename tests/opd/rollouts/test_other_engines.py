@@ -62,16 +62,16 @@ def test_absent_fields_are_named(choice: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("owner", "name"), [("sglang", "SGLang"), ("llamacpp", "llama.cpp")])
 def test_an_engine_that_names_itself_is_refused_before_it_loads_weights(
-    tiny_pair: tuple[Path, Path], owner: str, name: str
+    two_layer_pair: tuple[Path, Path], owner: str, name: str
 ) -> None:
     class OtherServer(FakeRolloutServer):
         def models(self) -> dict[str, Any]:
             return {"data": [super().models()["data"][0] | {"owned_by": owner}]}
 
     options = {"timeout": 9.0, "concurrency": 1, "excluded_ids": range(5, 5)}
-    other = OtherServer(tiny_pair[0])
+    other = OtherServer(two_layer_pair[0])
     with serve(other) as url, pytest.raises(ValueError, match=f"is {name}, but a rollout server"):
         RolloutServer(url, **options)
     assert other.weights_name == "default"
-    with serve(FakeRolloutServer(tiny_pair[0])) as url:
+    with serve(FakeRolloutServer(two_layer_pair[0])) as url:
         assert RolloutServer(url, **options).model == "student"

@@ -31,11 +31,11 @@ def long_prompts(pair) -> Prompts:
 
 
 @pytest.fixture(scope="module", params=["tied", "own head"])
-def networks(request, tmp_path_factory, tiny_pair) -> tuple[CausalLM, CausalLM]:
+def networks(request, tmp_path_factory, two_layer_pair) -> tuple[CausalLM, CausalLM]:
     """Two students of the same architecture with different weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config.from_pretrained(tiny_pair[0])
+    config = Qwen2Config.from_pretrained(two_layer_pair[0])
     config.tie_word_embeddings = request.param == "tied"
     config.hidden_size, config.intermediate_size = 64, 128
     models = []
@@ -46,7 +46,7 @@ def networks(request, tmp_path_factory, tiny_pair) -> tuple[CausalLM, CausalLM]:
         folder = tmp_path_factory.mktemp("student")
         network.save_pretrained(folder)
         models.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+    pair = load_pair(*map(str, two_layer_pair), "cpu", "float32")
     return tuple(replace(pair.student, network=x) for x in models)  # type: ignore[return-value]
 
 

@@ -49,9 +49,9 @@ def fast_retries() -> Iterator[None]:
 
 
 @pytest.fixture
-def two(tiny_pair: tuple[Path, Path]) -> list[FakeRolloutServer]:
+def two(two_layer_pair: tuple[Path, Path]) -> list[FakeRolloutServer]:
     """Servers with the teacher's weights, so that the student's come only from `sync`."""
-    return [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
+    return [FakeRolloutServer(two_layer_pair[1]) for _ in range(2)]
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def assert_same_rows(actual: Rollouts, expected: Rollouts) -> None:
 
 @pytest.fixture(scope="module")
 def shared_engine(
-    pair, tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+    pair, two_layer_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[list[FakeRolloutServer], VllmServerEngine]]:
     """Two servers and their engine, for faults of responses, after which both go on."""
-    fake_servers = [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
+    fake_servers = [FakeRolloutServer(two_layer_pair[1]) for _ in range(2)]
     with ExitStack() as stack:
         urls = [stack.enter_context(serve(fake_server)) for fake_server in fake_servers]
         folder = tmp_path_factory.mktemp("shared")
@@ -363,9 +363,9 @@ def test_two_runs_do_not_share_a_server(pair, prompts, urls, tmp_path: Path) -> 
 
 
 def test_a_tied_head_left_stale_is_refused_though_the_student_has_not_moved(
-    pair, tiny_pair, server, urls, tmp_path: Path
+    pair, two_layer_pair, server, urls, tmp_path: Path
 ) -> None:
-    server.first_network, server.keeps_old_head = load_network(tiny_pair[0]), True
+    server.first_network, server.keeps_old_head = load_network(two_layer_pair[0]), True
     server.restart()  # has the student's weights: only halved ones differ
     with pytest.raises(RuntimeError, match="does not have the student's weights") as caught:
         make_server_engine(pair.student, urls[:1], tmp_path)

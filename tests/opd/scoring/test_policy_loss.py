@@ -30,8 +30,8 @@ GAMMA = 0.6
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pair) -> ModelPair:
-    return load_pair(*map(str, tiny_pair), "cpu", "float32")
+def pair(two_layer_pair) -> ModelPair:
+    return load_pair(*map(str, two_layer_pair), "cpu", "float32")
 
 
 def scored_batch(
@@ -200,7 +200,7 @@ def test_what_is_missing_is_named(pair) -> None:
     ids=lambda options: options["objective"],
 )
 def test_the_trainer_has_the_same_loss_and_gradient(
-    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+    two_layer_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     original, compared = updates.accumulate_gradients, []
 
@@ -224,7 +224,7 @@ def test_the_trainer_has_the_same_loss_and_gradient(
     monkeypatch.setattr(updates, "accumulate_gradients", compare)
     train(
         settings(
-            tiny_pair,
+            two_layer_pair,
             tmp_path / "run",
             steps=2,
             eval_every=0,

@@ -21,8 +21,8 @@ from tests.helpers.requests import full_request, lean_request
 
 
 @pytest.fixture(scope="module")
-def rolled(tiny_pair) -> tuple[ModelPair, Prompts, Rollouts]:
-    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+def rolled(two_layer_pair) -> tuple[ModelPair, Prompts, Rollouts]:
+    pair = load_pair(*map(str, two_layer_pair), "cpu", "float32")
     problems = [Problem("1+2" * n, "3") for n in (1, 3, 2)]
     prompts = encode_prompts(pair.tokenizer, problems, 2, 64)
     return pair, prompts, rollouts(pair, prompts, 0.7, 1.0)

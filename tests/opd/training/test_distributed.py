@@ -112,13 +112,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+def kinds(two_layer_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
     """Settings whose losses need the tokens of other ranks, each for another reason."""
     household = {"max_prompt": 200, "max_response": 6, "max_turns": 3, "prompts_per_step": 2}
     four_prompts = {"max_response": 8, "prompts_per_step": 4}
     tasks = (
         TaskSettings(name="a", task="lab"),
-        TaskSettings(name="b", task="lab", teacher=str(tiny_pair[0]), mask=("token:<",)),
+        TaskSettings(name="b", task="lab", teacher=str(two_layer_pair[0]), mask=("token:<",)),
     )
     folder = tmp_path_factory.mktemp("view")
     sums = ({"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(20))
@@ -160,18 +160,18 @@ def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
 
 
 @pytest.fixture(scope="module")
-def run_folders(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folders(two_layer_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train every configuration in one process, on two ranks, and on two ranks with FSDP."""
     folder = tmp_path_factory.mktemp("processes")
     two_process_configs: list[Config] = []
     for name, changes in kinds.items():
-        config = short_config(tiny_pair, folder / "one" / name, changes)
+        config = short_config(two_layer_pair, folder / "one" / name, changes)
         train(config)
         for sharding in ("none", "full"):
             two_process_configs.append(
                 with_settings(config, out=str(folder / sharding / name), sharding=sharding)
             )
-    configs = two_process_configs + resumed_configs(tiny_pair, folder)
+    configs = two_process_configs + resumed_configs(two_layer_pair, folder)
     run_ranks(folder, train_in_rank, configs)
     return folder
 
@@ -182,18 +182,20 @@ def short_config(pair: tuple[Path, Path], out: Path, changes: dict[str, object])
     return with_settings(settings(pair, out), **fields)
 
 
-def resumed_configs(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
+def resumed_configs(two_layer_pair: tuple[Path, Path], folder: Path) -> list[Config]:
     """Runs that resume with another number of ranks, and runs with an EMA teacher."""
     configs = []
     for dtype in ("float32", "bfloat16"):
-        config = settings(tiny_pair, folder / f"begun in one, {dtype}", dtype=dtype, **FOUR_PROMPTS)
+        config = settings(
+            two_layer_pair, folder / f"begun in one, {dtype}", dtype=dtype, **FOUR_PROMPTS
+        )
         train(replace(config, steps=2))
         configs.append(with_settings(config, sharding="full"))
         begun_config = replace(config, out=str(folder / f"begun in two, {dtype}"))
         configs.append(with_settings(begun_config, steps=2, sharding="full"))
         train(replace(config, out=str(folder / f"one, {dtype}")))
     for sharding in ("none", "full"):
-        config = settings(tiny_pair, folder / f"average, {sharding}", steps=1, save_every=1)
+        config = settings(two_layer_pair, folder / f"average, {sharding}", steps=1, save_every=1)
         moving: dict[str, Any] = {"teacher": "ema", "reward_weight": 1.0, "ema_decay": 0.75}
         configs.append(with_settings(config, prompts_per_step=4, sharding=sharding, **moving))
     return configs
@@ -204,7 +206,7 @@ def resumed_configs(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
     "name", ["view", "plain", "credit", "chosen", "whole", "adapters", "games", "mixed"]
 )
 def test_two_processes_write_the_rows_of_one(
-    run_folders: Path, tiny_pair, name: str, sharding: str
+    run_folders: Path, two_layer_pair, name: str, sharding: str
 ) -> None:
     single, distributed_run = run_folders / "one" / name, run_folders / sharding / name
     assert_same_rows(single, distributed_run)
@@ -236,11 +238,11 @@ def responses(batch: Rollouts) -> list[tuple[int, int, list[int], float]]:
     return [(task, prompt, row, round(x, 3)) for task, prompt, row, x in tags]
 
 
-def test_a_run_goes_on_in_another_number_of_processes(run_folders: Path, tiny_pair) -> None:
+def test_a_run_goes_on_in_another_number_of_processes(run_folders: Path, two_layer_pair) -> None:
     """From full weights to FSDP and back, with the rows of a single process."""
     reference = run_folders / "one, float32"
-    train(settings(tiny_pair, run_folders / "begun in two, float32", **FOUR_PROMPTS))
-    start = load_file(tiny_pair[0] / "model.safetensors")
+    train(settings(two_layer_pair, run_folders / "begun in two, float32", **FOUR_PROMPTS))
+    start = load_file(two_layer_pair[0] / "model.safetensors")
     for start_count in ("one", "two"):
         resumed = run_folders / f"begun in {start_count}, float32"
         assert [row["step"] for row in rows(resumed)] == [0, 1, 2, 3]
@@ -256,10 +258,10 @@ def test_a_run_goes_on_in_another_number_of_processes(run_folders: Path, tiny_pa
         assert difference < 0.02 * update_size
 
 
-def test_parts_of_masters_and_moments_are_read_whole(run_folders: Path, tiny_pair) -> None:
+def test_parts_of_masters_and_moments_are_read_whole(run_folders: Path, two_layer_pair) -> None:
     """In bfloat16, one process reads the shards of two ranks, and the master weights are exact."""
     config = settings(
-        tiny_pair, run_folders / "begun in two, bfloat16", dtype="bfloat16", **FOUR_PROMPTS
+        two_layer_pair, run_folders / "begun in two, bfloat16", dtype="bfloat16", **FOUR_PROMPTS
     )
     last_checkpoint = max((run_folders / "begun in two, bfloat16" / "checkpoints").iterdir())
     halves = [load_file(part) for part in sorted((last_checkpoint / "optimizer").iterdir())]
@@ -292,11 +294,11 @@ def test_parts_of_masters_and_moments_are_read_whole(run_folders: Path, tiny_pai
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_the_average_follows_a_student_of_two_processes(
-    run_folders: Path, tiny_pair, sharding: str
+    run_folders: Path, two_layer_pair, sharding: str
 ) -> None:
     folder = run_folders / f"average, {sharding}"
     teacher = load_file(folder / "checkpoints" / "step_000001" / "teacher.safetensors")
-    start, end = load_file(tiny_pair[0] / "model.safetensors"), weights(folder)
+    start, end = load_file(two_layer_pair[0] / "model.safetensors"), weights(folder)
     assert any(not torch.equal(start[name], x) for name, x in end.items())
     for name, x in end.items():
         expected = 0.75 * start[name] + 0.25 * x
@@ -304,11 +306,11 @@ def test_the_average_follows_a_student_of_two_processes(
 
 
 @pytest.fixture(scope="module")
-def accelerated(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def accelerated(two_layer_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs in ranks that accelerate starts, one of which is killed in the second run."""
     folder = tmp_path_factory.mktemp("accelerate")
-    complete = short_config(tiny_pair, folder / "complete", kinds["credit"])
-    endless = settings(tiny_pair, folder / "killed", steps=500, eval_every=0, **FOUR_PROMPTS)
+    complete = short_config(two_layer_pair, folder / "complete", kinds["credit"])
+    endless = settings(two_layer_pair, folder / "killed", steps=500, eval_every=0, **FOUR_PROMPTS)
     rows_path = folder / "killed" / "rows.jsonl"
     deadline = time.monotonic() + 600
     with two_ranks(folder, [complete, endless]) as process:
@@ -327,13 +329,13 @@ def accelerated(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
-    accelerated: Path, tiny_pair
+    accelerated: Path, two_layer_pair
 ) -> None:
     num_rows = len(rows(accelerated / "killed"))
     assert 3 <= num_rows < 500
     changes: dict[str, Any] = {"steps": num_rows + 2, "eval_every": 0, **FOUR_PROMPTS}
-    train(settings(tiny_pair, accelerated / "killed", **changes))  # in this one process
-    reference = train(settings(tiny_pair, accelerated / "undisturbed", **changes)).folder
+    train(settings(two_layer_pair, accelerated / "killed", **changes))  # in this one process
+    reference = train(settings(two_layer_pair, accelerated / "undisturbed", **changes)).folder
     assert_same_rows(reference, accelerated / "killed", 2e-3)
 
 
@@ -354,6 +356,6 @@ def test_prompts_that_cannot_be_shared_equally_are_refused(monkeypatch) -> None:
     assert shards == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 
-def test_sharding_in_one_process_is_refused(tiny_pair, tmp_path: Path) -> None:
+def test_sharding_in_one_process_is_refused(two_layer_pair, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="torchrun --nproc_per_node"):
-        train(settings(tiny_pair, tmp_path / "run", sharding="full"))
+        train(settings(two_layer_pair, tmp_path / "run", sharding="full"))

@@ -336,10 +336,10 @@ def test_a_loss_that_asks_for_rewards_needs_answers(
 
 
 def test_a_metric_of_ones_own_is_a_column_of_every_row(
-    tiny_pair, functions: Path, tmp_path: Path
+    two_layer_pair, functions: Path, tmp_path: Path
 ) -> None:
     config = settings(
-        tiny_pair,
+        two_layer_pair,
         tmp_path / "run",
         steps=2,
         eval_every=0,

@@ -30,11 +30,11 @@ GRADER = "def grade(response, answer):\n    return float(sum(map(ord, response))
 
 
 @pytest.fixture(scope="module")
-def config(tiny_pair, tmp_path_factory) -> Config:
+def config(two_layer_pair, tmp_path_factory) -> Config:
     grader = tmp_path_factory.mktemp("grader") / "grader.py"
     grader.write_text(GRADER)
     return with_settings(
-        Config(student=str(tiny_pair[0]), teacher=str(tiny_pair[1]), out="scout", seed=3),
+        Config(student=str(two_layer_pair[0]), teacher=str(two_layer_pair[1]), out="scout", seed=3),
         prompts_per_step=PROMPTS,
         group_size=GROUP,
         max_prompt=64,
@@ -57,8 +57,8 @@ def values(config: Config) -> Iterator[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pair) -> ModelPair:
-    return load_pair(*map(str, tiny_pair), "cpu", "float32")
+def pair(two_layer_pair) -> ModelPair:
+    return load_pair(*map(str, two_layer_pair), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +278,11 @@ def test_the_teacher_continues_the_first_response_to_each_problem(
     assert len(gains) > 1, "the test needs gains that depend on what the teacher writes"
 
 
-def test_equal_seeds_give_equal_numbers_and_folders_may_be_paths(tiny_pair) -> None:
+def test_equal_seeds_give_equal_numbers_and_folders_may_be_paths(two_layer_pair) -> None:
     runs = [
-        measure.pair_measurements(*tiny_pair, max_prompt=64, max_response=4, rollouts=32, seed=s)
+        measure.pair_measurements(
+            *two_layer_pair, max_prompt=64, max_response=4, rollouts=32, seed=s
+        )
         for s in (0, 0, 1)
     ]
     assert repr(runs[0]) == repr(runs[1])
@@ -305,7 +307,7 @@ def test_a_scout_refuses(config: Config, changes: dict[str, object], message: st
 
 
 def test_equal_models_too_few_prompts_and_missing_answers_are_refused(
-    config: Config, tiny_pair, tmp_path: Path
+    config: Config, two_layer_pair, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidInput, match="nothing to distil"):
         measure.measure_pair(with_settings(config, teacher=config.student))
@@ -316,7 +318,7 @@ def test_equal_models_too_few_prompts_and_missing_answers_are_refused(
     with pytest.raises(InvalidInput, match="nothing to distil"):
         measure.measure_pair(with_settings(config, teacher=str(copied)))
     with pytest.raises(InvalidInput, match="rollouts is 4, which is 1 prompts"):
-        measure.pair_measurements(*tiny_pair, rollouts=4)
+        measure.pair_measurements(*two_layer_pair, rollouts=4)
     few_problems = tmp_path / "few.jsonl"
     rows = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(4)]
     few_problems.write_text("\n".join(map(json.dumps, rows)))

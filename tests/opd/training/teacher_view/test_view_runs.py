@@ -39,14 +39,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def view_run(tiny_pair, data: Path, tmp_path: Path) -> Callable[..., Path]:
+def view_run(two_layer_pair, data: Path, tmp_path: Path) -> Callable[..., Path]:
     def run(name: str, view: str = "", **changes: Any) -> Path:
         file = tmp_path / f"{name}.jinja"
         file.write_text(view)
         options = {"task": str(data), "eval_every": 0, "eval_problems": 1, **changes}
         if view:
             options["teacher_view"] = str(file)
-        return train(settings(tiny_pair, tmp_path / name, **options)).folder
+        return train(settings(two_layer_pair, tmp_path / name, **options)).folder
 
     return run
 
@@ -84,7 +84,7 @@ def test_a_view_that_is_the_prompt_changes_no_bit(view_run, objective: str) -> N
 
 @pytest.mark.parametrize("view", ["{{ prompt }} Hint: {{ solution }}", ATTACK])
 def test_scores_are_those_of_two_prompts_and_the_student_reads_its_own(
-    view_run, tiny_pair, view: str
+    view_run, two_layer_pair, view: str
 ) -> None:
     options: dict[str, Any] = {"steps": 1, "objective": "sampled_token"}
     plain, viewed = view_run("plain", **options), view_run("viewed", view, **options)
@@ -105,8 +105,8 @@ def test_scores_are_those_of_two_prompts_and_the_student_reads_its_own(
         assert shown_text == chat(hint if "Hint" in view else attack)
         response = batch.tokens[row][batch.mask[row]]
         index = response[:, None]
-        p = logp_by_hand(tiny_pair[0], text, response).gather(1, index)[:, 0]
-        q = logp_by_hand(tiny_pair[1], shown_text, response).gather(1, index)[:, 0]
+        p = logp_by_hand(two_layer_pair[0], text, response).gather(1, index)[:, 0]
+        q = logp_by_hand(two_layer_pair[1], shown_text, response).gather(1, index)[:, 0]
         torch.testing.assert_close(batch.student_logp[row][batch.mask[row]], p, atol=1e-4, rtol=0)
         torch.testing.assert_close(batch.teacher_logp[row][batch.mask[row]], q, atol=1e-4, rtol=0)
         k1.append(p - q)
@@ -146,14 +146,14 @@ def test_a_resumed_run_with_feedback_and_an_average_continues_identically(view_r
 
 @pytest.mark.parametrize("updates", [1, 3])
 def test_an_average_is_copied_anew_every_few_steps(
-    view_run, tiny_pair, monkeypatch: pytest.MonkeyPatch, updates: int
+    view_run, two_layer_pair, monkeypatch: pytest.MonkeyPatch, updates: int
 ) -> None:
     monkeypatch.setattr(checkpoint, "NUM_CHECKPOINTS_KEPT", 10)
     options: dict[str, Any] = {"teacher": "ema", "ema_decay": 0.75, "ema_resync_every": 2}
     folder = view_run(
         "run", "{{ answer }}", **options, save_every=1, steps=5, updates_per_batch=updates
     )
-    students = [load_file(tiny_pair[0] / "model.safetensors")]
+    students = [load_file(two_layer_pair[0] / "model.safetensors")]
     averages = list(students)
     for step in range(1, 6):
         saved = folder / "checkpoints" / f"step_{step:06d}"
@@ -170,7 +170,7 @@ def test_an_average_is_copied_anew_every_few_steps(
                 assert not torch.equal(averages[step][name], student)
 
 
-def test_the_student_without_adapters_teaches_what_it_is_shown(view_run, tiny_pair) -> None:
+def test_the_student_without_adapters_teaches_what_it_is_shown(view_run, two_layer_pair) -> None:
     pytest.importorskip("peft")
     view = "{{ prompt }} Hint: {{ solution }}"
     folder = view_run(
@@ -185,14 +185,14 @@ def test_the_student_without_adapters_teaches_what_it_is_shown(view_run, tiny_pa
     )
     for row in range(2):
         response = batch.tokens[row][batch.mask[row]]
-        logp = logp_by_hand(tiny_pair[0], shown_texts[row], response)
+        logp = logp_by_hand(two_layer_pair[0], shown_texts[row], response)
         expected = logp.gather(1, response[:, None])[:, 0]
         actual = batch.teacher_logp[row][batch.mask[row]]
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-def test_a_copy_of_the_student_is_a_teacher_if_it_is_shown_more(view_run, tiny_pair) -> None:
-    copy: dict[str, Any] = {"teacher": str(tiny_pair[0]), "steps": 1}
+def test_a_copy_of_the_student_is_a_teacher_if_it_is_shown_more(view_run, two_layer_pair) -> None:
+    copy: dict[str, Any] = {"teacher": str(two_layer_pair[0]), "steps": 1}
     with pytest.raises(InvalidInput, match=r"has the weights of the student .*\(teacher_view\)"):
         view_run("plain", **copy)
     row = rows(view_run("viewed", "{{ answer }}{{ prompt }}", **copy))[0]
@@ -210,7 +210,7 @@ def test_a_teacher_may_have_another_system_message(view_run) -> None:
 
 
 def test_tasks_have_views_of_their_own_and_may_share_an_average(
-    view_run, tiny_pair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    view_run, two_layer_pair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "NUM_CHECKPOINTS_KEPT", 10)
     (tmp_path / "b.jinja").write_text("{{ solution }}")
@@ -247,7 +247,7 @@ def test_tasks_have_views_of_their_own_and_may_share_an_average(
         else:
             others = [chat(f"{b} and {b} are {2 * b}", "Know all.") for b in range(10) if b != a]
             assert shown_texts[row] in others
-    average = load_file(tiny_pair[0] / "model.safetensors")
+    average = load_file(two_layer_pair[0] / "model.safetensors")
     for step in (1, 2):
         saved = folder / "checkpoints" / f"step_{step:06d}"
         student = load_file(saved / "model.safetensors")
@@ -274,10 +274,10 @@ def test_a_template_that_changes_during_a_run_is_refused(view_run) -> None:
 
 
 def test_a_teacher_reads_its_own_chat_template_with_its_own_tokens(
-    view_run, tiny_pair, tmp_path: Path
+    view_run, two_layer_pair, tmp_path: Path
 ) -> None:
     teacher = tmp_path / "teacher"
-    shutil.copytree(tiny_pair[1], teacher)
+    shutil.copytree(two_layer_pair[1], teacher)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}>>"
     (teacher / "chat_template.jinja").write_text(template)
     tokens = json.loads((teacher / "tokenizer_config.json").read_text())
@@ -303,7 +303,7 @@ def test_a_teacher_reads_its_own_chat_template_with_its_own_tokens(
 
 
 def test_cached_scores_are_those_of_the_view(
-    view_run, tiny_pair, data: Path, tmp_path: Path
+    view_run, two_layer_pair, data: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
         "prefixes": "dataset",
@@ -315,7 +315,7 @@ def test_cached_scores_are_those_of_the_view(
     live = view_run("live", "{{ answer }}: {{ prompt }}", **options)
     view_file = tmp_path / "live.jinja"
     config = settings(
-        tiny_pair,
+        two_layer_pair,
         tmp_path / "made",
         task=str(data),
         teacher_view=str(view_file),
@@ -332,8 +332,8 @@ def test_cached_scores_are_those_of_the_view(
         view_run("other", "{{ prompt }}", **cached)
 
 
-def test_a_server_scores_its_own_prompts_and_limits_them(view_run, tiny_pair) -> None:
-    teacher = FakeTeacher(tiny_pair[1], limit=60)
+def test_a_server_scores_its_own_prompts_and_limits_them(view_run, two_layer_pair) -> None:
+    teacher = FakeTeacher(two_layer_pair[1], limit=60)
     with serve(teacher) as url:
         folder = view_run("run", "{{ prompt }} {{ answer }}", teacher=url, steps=1)
         with pytest.raises(InvalidInput, match=r"has \d+ tokens, but .* context allows 47"):
@@ -343,7 +343,9 @@ def test_a_server_scores_its_own_prompts_and_limits_them(view_run, tiny_pair) ->
     shown_texts = json.loads(file.with_suffix(".teacher_prompts.json").read_text())
     for row, text in enumerate(shown_texts):
         response = batch.tokens[row][batch.mask[row]]
-        expected = logp_by_hand(tiny_pair[1], text, response).gather(1, response[:, None])[:, 0]
+        expected = logp_by_hand(two_layer_pair[1], text, response).gather(1, response[:, None])[
+            :, 0
+        ]
         actual = batch.teacher_logp[row][batch.mask[row]]
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
     row = rows(folder)[0]
