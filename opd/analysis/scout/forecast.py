@@ -1,15 +1,11 @@
 """Forecast of gain and of collapse for a method on a pair, from a bank of runs.
 
-Both are Gaussian-process models with one prior covariance of two runs,
-
-    C = C0 + 1[m = m'] + k(x, x') + 1[m = m'] k(x, x') + 1[g = g'],
-
-with methods m, features x and pairs g: a mean, an average of each method, what features do to all
-methods and to one, and what else the runs of a pair share. k is linear, Gaussian or 0 (no features:
-each method's average). The gain is kernel ridge regression; k and its penalty are those with the
-least squared error when a group of runs is left out. The collapse is kernel logistic regression
-with a linear k, by Laplace's approximation. A new pair shares nothing with the pairs of the bank
-but method and features. (Rasmussen and Williams 2006, chapters 2, 3 and 5.)
+Both are Gaussian-process models with one prior covariance of two runs (`covariance.py`): of what
+their methods, features and pairs have in common. That of features, k, is linear, Gaussian or 0 (no
+features: each method's average). The gain is kernel ridge regression; k and its penalty are those
+with the least squared error when a group of runs is left out. The collapse is kernel logistic
+regression with a linear k, by Laplace's approximation. A new pair shares nothing with the pairs of
+the bank but method and features. (Rasmussen and Williams 2006, chapters 2, 3 and 5.)
 
 Shapes: n runs, d features, q queries.
 """
@@ -21,13 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.analysis.scout.bank import Array, Bank
+from opd.analysis.scout.covariance import (
+    MEAN_VARIANCE,
+    SHAPES,
+    BankInverse,
+    Scaling,
+    bank_covariance,
+    covariance,
+    noisy_inverse,
+)
 
-SHAPES = ("none", "linear", "gaussian")
-"""Shapes of the covariance of features."""
 PENALTIES = (0.3, 1.0, 3.0)
 """Candidates for the variance of a run's noise, in units of the prior variance of an effect."""
-MEAN_VARIANCE = 100.0
-"""Prior variance C0 of the mean over all runs: it is hardly shrunk."""
 COLLAPSE_VARIANCE = 1.0
 """Prior variance of an effect on the log-odds of a collapse."""
 LEVEL = 0.9
@@ -37,71 +38,6 @@ NORMAL_QUANTILE = 1.644854
 MIN_OWN_PAIRS = 19
 """Fewest pairs of a method whose interval is from its own residuals."""
 NEWTON_STEPS = 30
-
-
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """Standardisation of features, from the runs that a model is made from."""
-
-    mean: Array
-    """(d,)."""
-    scale: Array
-    """(d,)."""
-    low: Array
-    """(d,) smallest values."""
-    high: Array
-    """(d,) largest values."""
-
-    @classmethod
-    def of_features(cls, features: Array) -> "Scaling":
-        """Return the scaling of (n, d) features; NaN is left out of all."""
-        present = np.isfinite(features)
-        values = np.where(present, features, 0.0)
-        count = present.sum(0).clip(min=1)
-        mean = values.sum(0) / count
-        variance = (np.square(values - mean) * present).sum(0) / count
-        return cls(
-            mean,
-            np.where(variance > 1e-12, np.sqrt(variance), 1.0),
-            np.where(present, features, np.inf).min(0),
-            np.where(present, features, -np.inf).max(0),
-        )
-
-    def standardise(self, features: Array) -> Array:
-        """Return (q, d) standardised features, held at the ends of the range; 0 for NaN."""
-        clipped = np.clip(features, self.low, self.high)
-        return np.where(np.isfinite(features), (clipped - self.mean) / self.scale, 0.0)
-
-
-def covariance(shape: str, x: Array, method: Array, other_x: Array, other_method: Array) -> Array:
-    """Return the (q, n) prior covariances of runs of different pairs.
-
-    Args:
-        shape: One of SHAPES.
-        x: (q, d) standardised features.
-        method: (q,) methods.
-        other_x: (n, d).
-        other_method: (n,).
-
-    Returns:
-        The covariances.
-    """
-    same_method = (method[:, None] == other_method[None]).astype(np.float64)
-    dimensions = max(1, x.shape[1])
-    if shape == "none":
-        k = np.zeros((len(x), len(other_x)))
-    elif shape == "linear":
-        k = x @ other_x.T / dimensions
-    else:
-        squares = np.square(x).sum(1)[:, None] + np.square(other_x).sum(1) - 2 * x @ other_x.T
-        k = np.exp(-np.maximum(squares, 0.0) / (2 * dimensions))
-    return MEAN_VARIANCE + same_method + k + same_method * k
-
-
-def within_bank(shape: str, x: Array, bank: Bank) -> Array:
-    """Return the (n, n) prior covariances of the runs of a bank, with what pairs share."""
-    same_pair = bank.pair[:, None] == bank.pair[None]
-    return covariance(shape, x, bank.method, x, bank.method) + same_pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,37 +69,44 @@ def fit_gain(bank: Bank, group: Array, shapes: Sequence[str] = SHAPES) -> GainMo
         The model.
     """
     scaling = Scaling.of_features(bank.features)
-    x, candidates = scaling.standardise(bank.features), []
+    x, ones = scaling.standardise(bank.features), np.ones(len(bank))
+    group_index = np.unique(group, return_inverse=True)[1]  # numbers sort faster than text
+    best: tuple[float, str, float, BankInverse] | None = None
     for shape in shapes:
-        k = within_bank(shape, x, bank)
+        c = bank_covariance(shape, x, bank)
         for penalty in PENALTIES:
-            inverse = np.linalg.inv(k + penalty * np.eye(len(bank)))
-            residuals = left_out_residuals(inverse, bank.gain, group)
-            candidates.append((float(np.square(residuals).mean()), shape, penalty))
-    _, shape, penalty = min(candidates, key=lambda candidate: candidate[0])
-    inverse = np.linalg.inv(within_bank(shape, x, bank) + penalty * np.eye(len(bank)))
+            inverse = noisy_inverse(c, penalty, ones)
+            error = float(np.square(left_out_residuals(inverse, bank.gain, group_index)).mean())
+            if best is None or error < best[0]:
+                best = error, shape, penalty, inverse
+    assert best is not None
+    _, shape, penalty, inverse = best
     pair_residuals = left_out_residuals(inverse, bank.gain, bank.pair)
-    return GainModel(bank, scaling, shape, penalty, inverse @ bank.gain, pair_residuals)
+    return GainModel(bank, scaling, shape, penalty, inverse.times(bank.gain), pair_residuals)
 
 
-def left_out_residuals(inverse: Array, target: Array, group: Array) -> Array:
+def left_out_residuals(inverse: BankInverse, target: Array, group: Array) -> Array:
     """Return each target minus its prediction from the runs of other groups.
 
     With C the covariance of the targets: of a group g, [C^-1]_gg^-1 [C^-1 y]_g, exactly what fits
     without the group would give. (Rasmussen and Williams 2006, equation 5.12, for blocks.)
 
     Args:
-        inverse: (n, n) C^-1.
+        inverse: C^-1, of n runs.
         target: (n,) y.
         group: (n,) labels.
 
     Returns:
         (n,) residuals.
     """
-    residuals, weights = np.empty_like(target), inverse @ target
-    for label in np.unique(group):
-        rows = np.flatnonzero(group == label)
-        residuals[rows] = np.linalg.solve(inverse[np.ix_(rows, rows)], weights[rows])
+    residuals, weights = np.empty_like(target), inverse.times(target)
+    _, index, counts = np.unique(group, return_inverse=True, return_counts=True)
+    order, ends = np.argsort(index, kind="stable"), np.cumsum(counts)
+    for size in np.unique(counts):  # the groups of one size together
+        first = (ends - counts)[counts == size]
+        rows = order[first[:, None] + np.arange(size)]
+        solved = np.linalg.solve(inverse.blocks(rows), weights[rows][:, :, None])
+        residuals[rows] = solved[:, :, 0]
     return residuals
 
 
@@ -244,8 +187,10 @@ class CollapseModel:
     scaling: Scaling
     gradient: Array
     """(n,) gradient of the log-likelihood at the mode: collapsed minus its probability."""
-    noise_inverse: Array
-    """(n, n) (K + W^-1)^-1, with W the curvature of the log-likelihood."""
+    root: Array
+    """(n,) square root of the curvature W of the log-likelihood."""
+    inverse: BankInverse
+    """(I + W^1/2 K W^1/2)^-1."""
 
 
 def fit_collapse(bank: Bank) -> CollapseModel:
@@ -258,22 +203,22 @@ def fit_collapse(bank: Bank) -> CollapseModel:
         The model.
     """
     scaling = Scaling.of_features(bank.features)
-    k = COLLAPSE_VARIANCE * within_bank("linear", scaling.standardise(bank.features), bank)
+    c = bank_covariance("linear", scaling.standardise(bank.features), bank)
+    k = COLLAPSE_VARIANCE * c.dense()
     target, f = bank.collapsed.astype(np.float64), np.zeros(len(bank))
-    identity = np.eye(len(bank))
     for _ in range(NEWTON_STEPS):
         probability = 1 / (1 + np.exp(-f))
         root = np.sqrt(probability * (1 - probability))
-        inverse = np.linalg.inv(identity + root[:, None] * k * root[None])
+        inverse = noisy_inverse(c, 1.0, math.sqrt(COLLAPSE_VARIANCE) * root)
         b = root**2 * f + target - probability
-        a = b - root * (inverse @ (root * (k @ b)))
+        a = b - root * inverse.times(root * (k @ b))
         previous, f = f, k @ a
         if np.abs(f - previous).max() < 1e-8:
             break
     probability = 1 / (1 + np.exp(-f))
     root = np.sqrt(probability * (1 - probability))
-    inverse = np.linalg.inv(identity + root[:, None] * k * root[None])
-    return CollapseModel(bank, scaling, target - probability, root[:, None] * inverse * root[None])
+    inverse = noisy_inverse(c, 1.0, math.sqrt(COLLAPSE_VARIANCE) * root)
+    return CollapseModel(bank, scaling, target - probability, root, inverse)
 
 
 def forecast_collapse(
@@ -297,7 +242,8 @@ def forecast_collapse(
     k = COLLAPSE_VARIANCE * covariance("linear", x, method, bank_x, model.bank.method)
     log_odds = k @ model.gradient
     own = COLLAPSE_VARIANCE * (MEAN_VARIANCE + 2 + 2 * np.square(x).sum(1) / max(1, x.shape[1]))
-    variance = np.maximum(own - ((k @ model.noise_inverse) * k).sum(1), 0.0)
+    weighted = (k * model.root).T
+    variance = np.maximum(own - (weighted * model.inverse.times(weighted)).sum(0), 0.0)
     spread = NORMAL_QUANTILE * np.sqrt(variance)
     mean = log_odds / np.sqrt(1 + math.pi * variance / 8)
     probability, low, high = (

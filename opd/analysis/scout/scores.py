@@ -1,9 +1,10 @@
 """How well forecasts order runs: rank correlation within methods, and the area under the ROC curve.
 
-Shapes: n runs.
-"""
+Every run has a weight in each of r resamples, how often it was drawn: a score is that of as many
+copies of it. Weights of 1 give the score of the runs themselves.
 
-import math
+Shapes: n runs, r resamples.
+"""
 
 import numpy as np
 
@@ -13,22 +14,44 @@ MIN_RUNS = 4
 """Fewest runs of a method whose rank correlation counts."""
 
 
-def average_ranks(values: Array) -> Array:
-    """Return (n,) ranks from 1; equal values have the mean of their ranks."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[index]
+def average_ranks(values: Array, weights: Array) -> Array:
+    """Return ranks from 1 among all copies; equal values have the mean of their ranks.
+
+    Args:
+        values: (n,) values.
+        weights: (r, n) copies of each.
+
+    Returns:
+        (r, n) ranks.
+    """
+    _, index = np.unique(values, return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    starts = np.flatnonzero(np.diff(index[order], prepend=-1))
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)
+    ranks: Array = (np.cumsum(counts, 1) - (counts - 1) / 2)[:, index]
+    return ranks
 
 
-def spearman(x: Array, y: Array) -> float:
-    """Return Spearman's rank correlation; NaN if either is constant."""
-    a, b = (average_ranks(values) for values in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / norm if norm > 0 else math.nan
+def spearman(x: Array, y: Array, weights: Array) -> Array:
+    """Return (r,) Spearman's rank correlations; NaN where either is constant.
+
+    Args:
+        x: (n,) values.
+        y: (n,) values.
+        weights: (r, n) copies of each.
+
+    Returns:
+        The correlations.
+    """
+    a, b = (average_ranks(values, weights) for values in (x, y))
+    count = weights.sum(1, keepdims=True).clip(min=1)
+    a, b = (ranks - (weights * ranks).sum(1, keepdims=True) / count for ranks in (a, b))
+    norm = np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1))
+    product = (weights * a * b).sum(1)
+    return np.divide(product, norm, out=np.full(len(weights), np.nan), where=norm > 0)
 
 
-def spearman_within(x: Array, y: Array, method: Array) -> float:
+def spearman_within(x: Array, y: Array, method: Array, weights: Array) -> Array:
     """Return the mean over methods of the rank correlation of their runs, weighted by runs.
 
     What tells pairs apart counts, and not what tells methods apart. A constant x predicts nothing
@@ -39,22 +62,27 @@ def spearman_within(x: Array, y: Array, method: Array) -> float:
         x: (n,) forecasts; runs with NaN are left out.
         y: (n,) outcomes.
         method: (n,) methods.
+        weights: (r, n) copies of each run.
 
     Returns:
-        The correlation; NaN if no method counts.
+        (r,) correlations; NaN where no method counts.
     """
-    total = count = 0.0
+    total, count = np.zeros(len(weights)), np.zeros(len(weights))
     for name in np.unique(method):
-        rows = (method == name) & np.isfinite(x)
-        if rows.sum() < MIN_RUNS or np.ptp(y[rows]) == 0:
+        rows = np.flatnonzero((method == name) & np.isfinite(x))
+        if not len(rows):
             continue
-        rho = spearman(x[rows], y[rows])
-        total += rows.sum() * (0.0 if math.isnan(rho) else rho)
-        count += rows.sum()
-    return total / count if count else math.nan
+        copies, outcome = weights[:, rows], y[rows]
+        highest = np.where(copies > 0, outcome, -np.inf).max(1)
+        lowest = np.where(copies > 0, outcome, np.inf).min(1)
+        num_runs = np.where(highest > lowest, copies.sum(1), 0)
+        num_runs = np.where(num_runs >= MIN_RUNS, num_runs, 0)
+        total += num_runs * np.nan_to_num(spearman(x[rows], outcome, copies))
+        count += num_runs
+    return np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0)
 
 
-def auroc(score: Array, positive: Array) -> float:
+def auroc(score: Array, positive: Array, weights: Array) -> Array:
     """Return the probability that a positive run has a higher score than a negative one.
 
     Ties count one half. (The Mann-Whitney statistic over the number of pairs of runs.)
@@ -62,15 +90,18 @@ def auroc(score: Array, positive: Array) -> float:
     Args:
         score: (n,) scores; runs with NaN are left out.
         positive: (n,) bool.
+        weights: (r, n) copies of each run.
 
     Returns:
-        The area under the ROC curve; NaN if all runs are positive, or none.
+        (r,) areas under the ROC curve; NaN where all runs are positive, or none.
     """
     known_score = np.isfinite(score)
-    ranks, positive = average_ranks(score[known_score]), positive[known_score]
-    num_positive = int(positive.sum())
-    num_negative = len(positive) - num_positive
-    if not num_positive or not num_negative:
-        return math.nan
-    rank_sum = float(ranks[positive].sum())
-    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+    if not known_score.any():
+        return np.full(len(weights), np.nan)
+    copies = weights[:, known_score]
+    positive_copies = copies * positive[known_score]
+    num_positive = positive_copies.sum(1)
+    num_pairs = num_positive * (copies.sum(1) - num_positive)
+    rank_sum = (positive_copies * average_ranks(score[known_score], copies)).sum(1)
+    num_ordered = rank_sum - num_positive * (num_positive + 1) / 2
+    return np.divide(num_ordered, num_pairs, out=np.full(len(weights), np.nan), where=num_pairs > 0)

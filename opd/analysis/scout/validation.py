@@ -4,7 +4,7 @@ Every pair (or family) is left out in turn; everything is fitted again without i
 the covariance and its penalty included; and its runs are forecast. The scores are set beside single
 predictors of published work on the same runs, which are given their best sign.
 
-Shapes: n runs, R predictors.
+Shapes: n runs, p pairs, r resamples.
 """
 
 import math
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from diagnostics.errors import InvalidInput
-from diagnostics.stats import bootstrap_interval
 from opd.analysis.scout.bank import FEATURES, PREDICTORS, Array, Bank
 from opd.analysis.scout.forecast import (
     average_pair_gain,
@@ -26,6 +25,7 @@ from opd.analysis.scout.forecast import (
 from opd.analysis.scout.scores import auroc, spearman_within
 
 FORECAST = "forecast"
+AUROC_LEAD = "auroc lead"
 RESAMPLES = 200
 """Bootstrap samples of pairs."""
 MIN_PAIRS, MIN_FAMILIES, MIN_COLLAPSED = 8, 3, 5
@@ -135,41 +135,29 @@ def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -
             f"the bank has {num_groups} different values of {unit}; to leave out each in turn, "
             f"{MIN_FAMILIES} are needed"
         )
-    forecasts = leave_out(bank, unit)
-    pairs, pair_index = np.unique(bank.pair, return_inverse=True)
-    rows_of_pair = [np.flatnonzero(pair_index == i) for i in range(len(pairs))]
-
-    def scores(sample: Array) -> Array:
-        """Return all scores of a resample of pairs."""
-        drawn_pairs = sample.astype(int)
-        rows = np.concatenate([rows_of_pair[i] for i in drawn_pairs])
-        # a pair that is drawn twice is two pairs
-        copies = np.repeat(np.arange(len(drawn_pairs)), [len(rows_of_pair[i]) for i in drawn_pairs])
-        values = all_scores(bank, forecasts, signs, rows, copies)
+    forecasts, signs = leave_out(bank, unit), best_signs(bank)
+    num_pairs = len(np.unique(bank.pair))
+    values = all_scores(bank, forecasts, signs, np.ones((1, num_pairs)))
+    drawn_pairs = np.random.default_rng(seed).integers(0, num_pairs, size=(resamples, num_pairs))
+    # a pair that is drawn twice is two pairs
+    copies = np.stack([np.bincount(pairs, minlength=num_pairs) for pairs in drawn_pairs])
+    intervals = {}
+    for name, resampled in all_scores(bank, forecasts, signs, copies).items():
         # without a collapse, or with nothing else, an order of runs tells nothing
-        chance = [0.5 if name.startswith("auroc ") else 0.0 for name in values]
-        return np.where(np.isnan(list(values.values())), chance, list(values.values()))
-
-    signs = best_signs(bank)
-    everything = np.arange(len(pairs))
-    values = all_scores(bank, forecasts, signs, np.arange(len(bank)), pair_index)
-    generator = np.random.default_rng(seed)
-    low, high = bootstrap_interval(everything, scores, generator, resamples=resamples)
-    intervals = {
-        name: (float(value), float(low[i]), float(high[i]))
-        for i, (name, value) in enumerate(values.items())
-    }
+        chance = 0.5 if name.startswith("auroc ") and name != AUROC_LEAD else 0.0
+        low, high = np.quantile(np.where(np.isnan(resampled), chance, resampled), (0.025, 0.975))
+        intervals[name] = (float(values[name][0]), float(low), float(high))
     names = [FORECAST, *PREDICTORS]
     return Validation(
         unit=unit,
         num_runs=len(bank),
-        num_pairs=len(pairs),
+        num_pairs=num_pairs,
         num_families=len(np.unique(bank.family)),
         num_collapsed_pairs=len(np.unique(bank.pair[bank.collapsed])),
         spearman={name: intervals[f"spearman {name}"] for name in names},
         spearman_lead=intervals["spearman lead"],
         auroc={name: intervals[f"auroc {name}"] for name in names},
-        auroc_lead=intervals["auroc lead"],
+        auroc_lead=intervals[AUROC_LEAD],
         coverage=intervals["coverage"],
         width=float(np.mean(forecasts.gain_high - forecasts.gain_low)),
         error=intervals["error"],
@@ -190,13 +178,14 @@ class Signs:
 def best_signs(bank: Bank) -> Signs:
     """Return the signs of the single predictors."""
     columns = {name: _predictor(bank, name) for name in PREDICTORS}
+    once = np.ones((1, len(bank)))
     return Signs(
         {
-            name: -1.0 if spearman_within(column, bank.gain, bank.method) < 0 else 1.0
+            name: -1.0 if spearman_within(column, bank.gain, bank.method, once)[0] < 0 else 1.0
             for name, column in columns.items()
         },
         {
-            name: -1.0 if auroc(column, bank.collapsed) < 0.5 else 1.0
+            name: -1.0 if auroc(column, bank.collapsed, once)[0] < 0.5 else 1.0
             for name, column in columns.items()
         },
     )
@@ -208,51 +197,61 @@ def _predictor(bank: Bank, name: str) -> Array:
 
 
 def all_scores(
-    bank: Bank, forecasts: LeftOutForecasts, signs: Signs, rows: Array, pair: Array
-) -> dict[str, float]:
-    """Return the scores of some runs.
+    bank: Bank, forecasts: LeftOutForecasts, signs: Signs, copies: Array
+) -> dict[str, Array]:
+    """Return the scores of resamples of pairs; a pair is drawn with all of its runs.
 
     Args:
         bank: The runs.
         forecasts: Their forecasts.
         signs: Signs of the single predictors.
-        rows: (m,) indices of the runs, with repetition in a resample.
-        pair: (m,) labels of their pairs.
+        copies: (r, p) how often each pair was drawn, in the order of their sorted ids.
 
     Returns:
-        Scores by name.
+        Scores by name, (r,) each; NaN where one is not defined.
     """
-    method, gain, collapsed = bank.method[rows], bank.gain[rows], bank.collapsed[rows]
-    spearmans = {FORECAST: spearman_within(forecasts.feature_effect[rows], gain, method)}
-    areas = {FORECAST: auroc(forecasts.collapse[rows], collapsed)}
+    pair = np.unique(bank.pair, return_inverse=True)[1]
+    method, gain, collapsed, weights = bank.method, bank.gain, bank.collapsed, copies[:, pair]
+    spearmans = {FORECAST: spearman_within(forecasts.feature_effect, gain, method, weights)}
+    areas = {FORECAST: auroc(forecasts.collapse, collapsed, weights)}
     for name in PREDICTORS:
-        column = _predictor(bank, name)[rows]
-        spearmans[name] = spearman_within(signs.gain[name] * column, gain, method)
-        areas[name] = auroc(signs.collapse[name] * column, collapsed)
-    is_covered = (forecasts.gain_low[rows] <= gain) & (gain <= forecasts.gain_high[rows])
-    error = float(np.abs(forecasts.gain[rows] - gain).mean())
-    average_error = float(np.abs(forecasts.method_average[rows] - gain).mean())
+        column = _predictor(bank, name)
+        spearmans[name] = spearman_within(signs.gain[name] * column, gain, method, weights)
+        areas[name] = auroc(signs.collapse[name] * column, collapsed, weights)
+    is_covered = (forecasts.gain_low <= gain) & (gain <= forecasts.gain_high)
+    error = _weighted_mean(np.abs(forecasts.gain - gain), weights)
+    average_error = _weighted_mean(np.abs(forecasts.method_average - gain), weights)
+    regret = pair_regrets(forecasts.gain, gain, method, pair)
+    average_regret = pair_regrets(forecasts.method_average, gain, method, pair)
     return {
         **{f"spearman {name}": value for name, value in spearmans.items()},
         "spearman lead": _lead(spearmans),
         **{f"auroc {name}": value for name, value in areas.items()},
-        "auroc lead": _lead(areas),
-        "coverage": float(is_covered.mean()),
+        AUROC_LEAD: _lead(areas),
+        "coverage": _weighted_mean(is_covered, weights),
         "error": error,
         "error lead": average_error - error,
-        "regret": mean_regret(forecasts.gain[rows], gain, method, pair),
-        "average regret": mean_regret(forecasts.method_average[rows], gain, method, pair),
+        "regret": _weighted_mean(regret, copies),
+        "average regret": _weighted_mean(average_regret, copies),
     }
 
 
-def _lead(values: Mapping[str, float]) -> float:
+def _lead(values: Mapping[str, Array]) -> Array:
     """Return the forecast's score minus the best single predictor's."""
     singles = [value for name, value in values.items() if name != FORECAST]
-    return values[FORECAST] - max(singles)
+    lead: Array = values[FORECAST] - np.max(singles, axis=0)
+    return lead
 
 
-def mean_regret(forecast: Array, gain: Array, method: Array, pair: Array) -> float:
-    """Return the mean over pairs of the best method's gain minus that of the method that is taken.
+def _weighted_mean(values: Array, weights: Array) -> Array:
+    """Return (r,) means of (n,) values with (r, n) weights; NaN is left out."""
+    present = np.isfinite(values)
+    total, count = weights @ np.where(present, values, 0.0), weights @ present
+    return np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0)
+
+
+def pair_regrets(forecast: Array, gain: Array, method: Array, pair: Array) -> Array:
+    """Return the best method's gain minus that of the method that is taken, for each pair.
 
     Of each pair, the method with the highest mean forecast is taken; gains of a method are averaged
     over its runs.
@@ -264,19 +263,18 @@ def mean_regret(forecast: Array, gain: Array, method: Array, pair: Array) -> flo
         pair: (n,) pairs.
 
     Returns:
-        The regret; NaN if no pair has two methods.
+        (p,) regrets, in the order of the sorted pairs; NaN for a pair with one method.
     """
     regrets = []
     for label in np.unique(pair):
         rows = pair == label
         names = np.unique(method[rows])
-        if len(names) < 2:
-            continue
         by_method = [rows & (method == name) for name in names]
         gains = np.array([gain[index].mean() for index in by_method])
         forecasts = np.array([forecast[index].mean() for index in by_method])
-        regrets.append(gains.max() - gains[forecasts.argmax()])
-    return float(np.mean(regrets)) if regrets else math.nan
+        regret = float(gains.max() - gains[forecasts.argmax()])
+        regrets.append(regret if len(names) > 1 else math.nan)
+    return np.array(regrets)
 
 
 @dataclass(frozen=True, eq=False)

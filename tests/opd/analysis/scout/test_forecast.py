@@ -9,6 +9,7 @@ from scipy import stats
 
 from opd.analysis.scout import forecast
 from opd.analysis.scout.bank import FEATURES, Bank
+from opd.analysis.scout.covariance import SHAPES, Scaling
 from tests.helpers.scout_banks import START, synthetic_bank
 
 EFFECTS = {"continuation_gain": 0.06, "log_reverse_kl": -0.05, "special_signal": -0.04}
@@ -34,7 +35,7 @@ def runs(bank: Bank, x: np.ndarray) -> list[tuple]:
     return list(zip(x.tolist(), bank.method, bank.pair, strict=True))
 
 
-@pytest.mark.parametrize("shape", forecast.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_gain_is_the_posterior_mean_and_residuals_are_those_of_refits(shape: str) -> None:
     bank = synthetic_bank(0, effects=EFFECTS, families=3, pairs=3, methods=2)
     bank.features[4, 3] = math.nan
@@ -63,9 +64,9 @@ def test_gain_is_the_posterior_mean_and_residuals_are_those_of_refits(shape: str
 
 def test_shape_and_penalty_have_the_least_error_on_groups_that_were_left_out() -> None:
     bank = synthetic_bank(2, effects=EFFECTS, families=3, pairs=3, methods=2)
-    x = forecast.Scaling.of_features(bank.features).standardise(bank.features)
+    x = Scaling.of_features(bank.features).standardise(bank.features)
     errors = {}
-    for shape in forecast.SHAPES:
+    for shape in SHAPES:
         c = gram(shape, runs(bank, x), runs(bank, x))
         for penalty in forecast.PENALTIES:
             residuals = np.empty(len(bank))
@@ -141,7 +142,7 @@ def test_collapse_is_at_the_mode_with_the_curvature_of_finite_differences() -> N
     bank = synthetic_bank(6, effects=EFFECTS, families=3, pairs=2, methods=2, pair_noise=0.15)
     assert 2 <= bank.collapsed.sum() <= len(bank) - 2
     model = forecast.fit_collapse(bank)
-    x = forecast.Scaling.of_features(bank.features).standardise(bank.features)
+    x = Scaling.of_features(bank.features).standardise(bank.features)
     c, target = gram("linear", runs(bank, x), runs(bank, x)), bank.collapsed.astype(float)
     mode, n, h = c @ model.gradient, len(bank), 1e-3
     steps = h * np.eye(n)
@@ -188,10 +189,3 @@ def test_collapse_of_a_bank_without_collapses_is_unlikely_and_finite() -> None:
     assert (low < probability).all()
     assert (probability < 0.2).all()
     assert (probability < high).all()
-
-
-def test_scaling_leaves_out_what_is_missing_and_holds_the_range() -> None:
-    features = np.array([[1.0, math.nan, 5.0], [3.0, math.nan, 5.0], [math.nan, 2.0, 5.0]])
-    scaling = forecast.Scaling.of_features(features)
-    queries = np.array([[1.0, 2.0, 5.0], [9.0, math.nan, 7.0]])
-    assert scaling.standardise(queries).tolist() == [[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]

@@ -9,6 +9,11 @@ from scipy import stats
 from opd.analysis.scout.scores import auroc, average_ranks, spearman, spearman_within
 
 
+def once(n: int) -> np.ndarray:
+    """Weights of one copy of each of n runs."""
+    return np.ones((1, n))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranks_and_correlation_are_those_of_scipy(ties: bool) -> None:
     generator = np.random.default_rng(0)
@@ -16,8 +21,8 @@ def test_ranks_and_correlation_are_those_of_scipy(ties: bool) -> None:
         x, y = generator.normal(size=(2, 15))
         if ties:
             x, y = np.round(x), np.round(2 * y)
-        assert average_ranks(x) == pytest.approx(stats.rankdata(x))
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert average_ranks(x, once(15))[0] == pytest.approx(stats.rankdata(x))
+        assert spearman(x, y, once(15))[0] == pytest.approx(stats.spearmanr(x, y).statistic)
 
 
 def test_correlation_within_methods_ignores_what_tells_methods_apart() -> None:
@@ -26,16 +31,16 @@ def test_correlation_within_methods_ignores_what_tells_methods_apart() -> None:
     method = np.repeat(["a", "b", "c"], [5, 10, 15])
     parts = [stats.spearmanr(x[method == m], y[method == m]).statistic for m in "abc"]
     expected = np.average(parts, weights=[5, 10, 15])
-    assert spearman_within(x, y, method) == pytest.approx(expected)
+    assert spearman_within(x, y, method, once(30))[0] == pytest.approx(expected)
     shift = 100.0 * np.repeat([0, 1, 2], [5, 10, 15])
-    assert spearman_within(x + shift, y + shift, method) == pytest.approx(expected)
+    assert spearman_within(x + shift, y + shift, method, once(30))[0] == pytest.approx(expected)
     constant_in_c = np.where(method == "c", 0.0, x)
     expected = np.average([*parts[:2], 0.0], weights=[5, 10, 15])
-    assert spearman_within(constant_in_c, y, method) == pytest.approx(expected)
+    assert spearman_within(constant_in_c, y, method, once(30))[0] == pytest.approx(expected)
     constant_gain = np.where(method == "c", 0.0, y)
     expected = np.average(parts[:2], weights=[5, 10])
-    assert spearman_within(x, constant_gain, method) == pytest.approx(expected)
-    assert math.isnan(spearman_within(x, np.zeros(30), method))
+    assert spearman_within(x, constant_gain, method, once(30))[0] == pytest.approx(expected)
+    assert math.isnan(spearman_within(x, np.zeros(30), method, once(30))[0])
 
 
 def test_area_is_the_share_of_pairs_in_the_right_order() -> None:
@@ -46,7 +51,39 @@ def test_area_is_the_share_of_pairs_in_the_right_order() -> None:
         pairs = [
             float(a > b) + 0.5 * float(a == b) for a in score[positive] for b in score[~positive]
         ]
-        assert auroc(score, positive) == pytest.approx(np.mean(pairs))
+        assert auroc(score, positive, once(12))[0] == pytest.approx(np.mean(pairs))
         with_nan = np.append(score, [math.nan, math.nan])
-        assert auroc(with_nan, np.append(positive, [True, False])) == pytest.approx(np.mean(pairs))
-    assert math.isnan(auroc(score, np.ones(12, dtype=bool)))
+        area = auroc(with_nan, np.append(positive, [True, False]), once(14))[0]
+        assert area == pytest.approx(np.mean(pairs))
+    assert math.isnan(auroc(score, np.ones(12, dtype=bool), once(12))[0])
+    assert math.isnan(auroc(np.full(12, math.nan), positive, once(12))[0])
+
+
+def test_scores_of_weighted_runs_are_those_of_their_copies() -> None:
+    generator = np.random.default_rng(3)
+    x, y = np.round(2 * generator.normal(size=(2, 24)))
+    x[3], positive = math.nan, generator.random(24) < 0.3
+    method = np.array(["a", "b", "c", "d"])[generator.integers(0, 4, 24)]
+    weights = generator.integers(0, 4, (40, 24))
+    weights[:, method == "d"] = generator.integers(0, 2, (40, int((method == "d").sum())))
+    y[method == "c"] = np.where(generator.random(int((method == "c").sum())) < 0.7, 1.0, 0.0)
+    areas, within = auroc(x, positive, weights), spearman_within(x, y, method, weights)
+    num_counted = set()
+    for w, area, rho in zip(weights, areas, within, strict=True):
+        score, outcome, label, name = (np.repeat(v, w) for v in (x, y, positive, method))
+        present = np.isfinite(score)
+        score, outcome, label, name = (v[present] for v in (score, outcome, label, name))
+        test = stats.mannwhitneyu(score[label], score[~label])
+        assert area == pytest.approx(test.statistic / (label.sum() * (~label).sum()))
+        parts, sizes = [], []
+        for m in "abcd":
+            rows = name == m
+            if rows.sum() >= 4 and len(set(outcome[rows])) > 1:
+                constant = len(set(score[rows])) == 1
+                parts.append(
+                    0.0 if constant else stats.spearmanr(score[rows], outcome[rows]).statistic
+                )
+                sizes.append(rows.sum())
+        assert rho == pytest.approx(np.average(parts, weights=sizes))
+        num_counted.add(len(parts))
+    assert len(num_counted) > 1, "the test needs methods that do not count in some resamples"

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from diagnostics.errors import InvalidInput
+from diagnostics.stats import bootstrap_interval
 from opd.analysis.scout.bank import FEATURES, PREDICTORS
 from opd.analysis.scout.forecast import LEVEL, fit_gain, forecast_gain
 from opd.analysis.scout.scores import auroc, spearman_within
 from opd.analysis.scout.validation import (
     FORECAST,
+    LeftOutForecasts,
     all_scores,
     best_signs,
     judge,
     leave_out,
-    mean_regret,
+    pair_regrets,
     validate,
 )
 from tests.helpers.scout_banks import synthetic_bank
@@ -65,7 +67,10 @@ def test_features_that_identify_a_pair_do_not_help_when_it_is_left_out() -> None
         len(bank), dtype=bool
     )
     nearest = peers @ bank.gain / peers.sum(1)
-    assert spearman_within(nearest, bank.gain, bank.method) > 0.8, "the code gives the pair away"
+    once = np.ones((1, len(bank)))
+    assert spearman_within(nearest, bank.gain, bank.method, once)[0] > 0.8, (
+        "the code gives the pair away"
+    )
     for unit in ("pair", "family"):
         value, low, _ = validate(bank, unit, resamples=100).spearman[FORECAST]
         assert low <= 0, (unit, value)
@@ -100,19 +105,21 @@ def test_outcomes_that_are_left_out_do_not_change_their_forecasts(unit: str) -> 
 def test_scores_beside_single_predictors_with_their_best_sign() -> None:
     bank = synthetic_bank(3, effects=EFFECTS, families=3, pairs=4, methods=3, pair_noise=0.1)
     forecasts, signs = leave_out(bank, "pair"), best_signs(bank)
-    pair = np.unique(bank.pair, return_inverse=True)[1]
-    scores = all_scores(bank, forecasts, signs, np.arange(len(bank)), pair)
+    once = np.ones((1, len(bank)))
+    all_columns = all_scores(bank, forecasts, signs, np.ones((1, 12)))
+    scores = {name: float(column[0]) for name, column in all_columns.items()}
     for name, feature in PREDICTORS.items():
         column = bank.features[:, list(FEATURES).index(feature)]
-        rho, area = spearman_within(column, bank.gain, bank.method), auroc(column, bank.collapsed)
+        rho = spearman_within(column, bank.gain, bank.method, once)[0]
+        area = auroc(column, bank.collapsed, once)[0]
         assert scores[f"spearman {name}"] == pytest.approx(abs(rho))
         assert scores[f"auroc {name}"] == pytest.approx(max(area, 1 - area))
-    rho = spearman_within(forecasts.feature_effect, bank.gain, bank.method)
+    rho = spearman_within(forecasts.feature_effect, bank.gain, bank.method, once)[0]
     assert scores["spearman forecast"] == pytest.approx(rho)
     best = max(scores[f"spearman {name}"] for name in PREDICTORS)
     assert scores["spearman lead"] == pytest.approx(rho - best)
     best = max(scores[f"auroc {name}"] for name in PREDICTORS)
-    area = auroc(forecasts.collapse, bank.collapsed)
+    area = auroc(forecasts.collapse, bank.collapsed, once)[0]
     assert scores["auroc lead"] == pytest.approx(area - best)
     errors = [np.abs(x - bank.gain).mean() for x in (forecasts.gain, forecasts.method_average)]
     assert scores["error"] == pytest.approx(errors[0])
@@ -129,9 +136,55 @@ def test_regret_is_the_gain_that_the_choice_of_a_method_loses() -> None:
     method = np.array(["x", "x", "y", "x", "y", "x"])
     gain = np.array([0.1, 0.3, 0.5, 0.4, 0.2, 9.0])
     forecast = np.array([0.6, 0.4, 0.3, 0.2, 0.1, 0.0])
-    assert mean_regret(forecast, gain, method, pair) == pytest.approx((0.5 - 0.2 + 0.0) / 2)
-    assert mean_regret(-forecast, gain, method, pair) == pytest.approx((0.0 + 0.4 - 0.2) / 2)
-    assert math.isnan(mean_regret(forecast[5:], gain[5:], method[5:], pair[5:]))
+    regrets = pair_regrets(forecast, gain, method, pair)
+    assert regrets.tolist() == pytest.approx([0.5 - 0.2, 0.0, math.nan], nan_ok=True)
+    regrets = pair_regrets(-forecast, gain, method, pair)
+    assert regrets.tolist() == pytest.approx([0.0, 0.4 - 0.2, math.nan], nan_ok=True)
+
+
+def test_scores_of_a_resample_are_those_of_a_bank_of_copies() -> None:
+    bank = synthetic_bank(3, effects=EFFECTS, families=3, pairs=4, methods=3, pair_noise=0.1)
+    bank = bank.rows(np.delete(np.arange(len(bank)), [0, 1, 7]))  # of one pair, one method is left
+    forecasts, signs = leave_out(bank, "pair"), best_signs(bank)
+    copies = np.random.default_rng(0).integers(0, 4, (3, 12))
+    resampled = all_scores(bank, forecasts, signs, copies)
+    names = np.unique(bank.pair)
+    for i, row in enumerate(copies):
+        drawn = [(name, k) for name, count in zip(names, row, strict=True) for k in range(count)]
+        rows = np.concatenate([np.flatnonzero(bank.pair == name) for name, _ in drawn])
+        pair = [f"{name} {k}" for name, k in drawn for _ in range((bank.pair == name).sum())]
+        copied_bank = replace(bank.rows(rows), pair=np.array(pair))
+        columns = {name: column[rows] for name, column in vars(forecasts).items()}
+        once = np.ones((1, len(drawn)))
+        expected = all_scores(copied_bank, LeftOutForecasts(**columns), signs, once)
+        for name, column in expected.items():
+            assert resampled[name][i] == pytest.approx(column[0]), name
+
+
+def test_intervals_are_those_of_the_bootstrap_over_pairs() -> None:
+    bank = synthetic_bank(4, effects=EFFECTS, families=3, pairs=3, methods=2)
+    bank = bank.rows(np.delete(np.arange(len(bank)), [0, 3]))
+    forecasts = leave_out(bank, "pair")
+    errors, pairs = np.abs(forecasts.gain - bank.gain), np.unique(bank.pair)
+
+    def error(drawn_pairs: np.ndarray) -> np.ndarray:
+        rows = np.concatenate([np.flatnonzero(bank.pair == pairs[int(i)]) for i in drawn_pairs])
+        return errors[rows].mean()
+
+    generator = np.random.default_rng(5)
+    expected = bootstrap_interval(np.arange(9), error, generator, resamples=60)
+    validation = validate(bank, "pair", seed=5, resamples=60)
+    assert validation.error == pytest.approx((errors.mean(), *expected))
+
+
+def test_resamples_without_a_collapse_are_by_chance_and_have_no_lead() -> None:
+    bank = synthetic_bank(4, effects=EFFECTS, families=3, pairs=3, methods=2)
+    only_pair = replace(bank, collapsed=bank.pair == "pair-1-1")
+    validation = validate(only_pair, "pair", resamples=300)
+    assert min(validation.auroc[FORECAST][1:]) <= 0.5 <= max(validation.auroc[FORECAST][1:])
+    lead, low, high = validation.auroc_lead
+    assert lead < 0, "the test needs a forecast without a lead"
+    assert (low < 0, high) == (True, 0.0)
 
 
 def test_a_pair_is_resampled_with_all_of_its_runs() -> None:
