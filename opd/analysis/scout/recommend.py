@@ -21,7 +21,8 @@ from opd.analysis.scout.forecast import (
     forecast_collapse,
     forecast_gain,
 )
-from opd.analysis.scout.measure import PairMeasurements, RuleShare
+from opd.analysis.scout.measure import PairMeasurements
+from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Interval, Verdict, judge
 
 MARGIN = 0.05

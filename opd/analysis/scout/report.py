@@ -12,8 +12,8 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.files import read_object
 from opd.analysis.scout.forecast import LEVEL
-from opd.analysis.scout.measure import RuleShare
 from opd.analysis.scout.recommend import Choice, MethodForecast, TeacherReport
+from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Interval, Validation
 
 FORMAT = "opdlab-scout-1"

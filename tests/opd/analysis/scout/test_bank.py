@@ -9,7 +9,8 @@ import pytest
 
 from diagnostics.errors import InvalidInput, MissingFile
 from opd.analysis.scout.bank import FEATURES, pair_features, read_bank
-from opd.analysis.scout.measure import COLUMNS, ESTIMATORS
+from opd.analysis.scout.columns import COLUMNS
+from opd.analysis.scout.gradients import ESTIMATORS
 from tests.helpers.scout_banks import measurements, synthetic_bank, write_bank
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.sketch import identity_projection
-from opd.analysis.scout import measure
+from opd.analysis.scout import accuracies, columns, measure, special_tokens
 from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts, encode_prompts
 from opd.rollouts.hf_engine import sample
@@ -30,18 +30,27 @@ GRADER = "def grade(response, answer):\n    return float(sum(map(ord, response))
 
 
 @pytest.fixture(scope="module")
-def config(two_layer_pair, tmp_path_factory) -> Config:
-    grader = tmp_path_factory.mktemp("grader") / "grader.py"
-    grader.write_text(GRADER)
+def grader(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("grader") / "grader.py"
+    path.write_text(GRADER)
+    return f"{path}:grade"
+
+
+def make_config(folders: tuple[Path, Path], grader: str, seed: int) -> Config:
     return with_settings(
-        Config(student=str(two_layer_pair[0]), teacher=str(two_layer_pair[1]), out="scout", seed=3),
+        Config(student=str(folders[0]), teacher=str(folders[1]), out="scout", seed=seed),
         prompts_per_step=PROMPTS,
         group_size=GROUP,
         max_prompt=64,
         max_response=RESPONSE,
-        grader=f"{grader}:grade",
+        grader=grader,
         device="cpu",
     )
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pair, grader: str) -> Config:
+    return make_config(tiny_pair, grader, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +66,23 @@ def values(config: Config) -> Iterator[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def pair(two_layer_pair) -> ModelPair:
-    return load_pair(*map(str, two_layer_pair), "cpu", "float32")
+def pair(tiny_pair) -> ModelPair:
+    return load_pair(*map(str, tiny_pair), "cpu", "float32")
+
+
+@pytest.fixture(scope="module", params=["tiny_pair", "two_layer_pair"])
+def either_pair(request: pytest.FixtureRequest, grader: str) -> tuple[Config, ModelPair]:
+    """A pair and a seed with which responses end with special tokens that end no response."""
+    folders = request.getfixturevalue(request.param)
+    return make_config(folders, grader, seed=7), load_pair(*map(str, folders), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
 def sampled(config: Config, pair: ModelPair) -> tuple[Prompts, Rollouts]:
+    return sample_student(config, pair)
+
+
+def sample_student(config: Config, pair: ModelPair) -> tuple[Prompts, Rollouts]:
     problems = load_problem_task(config, pair).train(0, PROMPTS)
     prompts = encode_prompts(pair.tokenizer, problems, GROUP, 64)
     return prompts, draw(config, pair.student, prompts, pair.eos, ROLLOUT, RESPONSE)
@@ -77,6 +97,20 @@ def draw(config: Config, model, prompts: Prompts, eos, purpose: int, budget: int
         temperature=1.0,
         top_p=1.0,
         generator=torch.Generator().manual_seed(derive_seed(config.seed, 0, purpose)),
+    )
+
+
+def shorten(rollouts: Rollouts, lengths: dict[int, int]) -> Rollouts:
+    """Cut the responses of some rows after so many tokens."""
+    mask, ended = rollouts.mask.clone(), rollouts.ended.clone()
+    for row, length in lengths.items():
+        mask[row, length:], ended[row] = False, False
+    return rollouts.with_fields(
+        tokens=rollouts.tokens * mask,
+        mask=mask,
+        sampler_logp=rollouts.sampler_logp * mask,
+        softmax_logp=None,
+        ended=ended,
     )
 
 
@@ -113,9 +147,11 @@ def dense(pair: ModelPair, sampled: tuple[Prompts, Rollouts]) -> list[list[dict[
 
 
 def grade(pair: ModelPair, ids: list[int]) -> float:
-    eos = {*pair.eos, *pair.teacher.eos}
-    kept_ids = ids[:-1] if ids[-1] in eos else ids
-    return float(sum(map(ord, pair.tokenizer.decode(kept_ids))) % 3 == 0)
+    """Grade what remains without the special tokens at the end, of which </think> is none."""
+    texts = [pair.tokenizer.decode([i]) for i in ids]
+    while texts and texts[-1] in {"<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>"}:
+        texts.pop()
+    return float(sum(map(ord, pair.tokenizer.decode(ids[: len(texts)]))) % 3 == 0)
 
 
 def test_divergences_and_top_k_lists_are_those_of_whole_distributions(values, dense) -> None:
@@ -193,13 +229,13 @@ def test_a_special_token_that_is_spelled_is_special_too(pair: ModelPair, sampled
     depth = measure.SUPPORT_K
     request = ScoreRequest(requirements=replace(METRICS_ONLY, support="union", support_k=depth))
     scored = score_batch(pair.student, pair.teacher, prompts.rows([0]), row, request).scored
-    rules = measure.special_rules(pair, scored)
+    rules = special_tokens.special_rules(pair, scored)
     assert "string:<|im_end|>" in [rule.name for rule in rules]
-    (share,) = measure.rule_shares(scored, rules)
+    (share,) = special_tokens.rule_shares(scored, rules)
     r = scored.log_ratio[0, 1 : 1 + len(pieces)]
     assert share.tokens == pytest.approx(len(pieces) / len(ids))
     assert share.gap == pytest.approx(float(r.mean()), rel=1e-4)
-    assert measure.metric_values(scored, rules)["special_share"] == pytest.approx(share.tokens)
+    assert columns.metric_values(scored, rules)["special_share"] == pytest.approx(share.tokens)
 
 
 def test_signal_to_noise_is_that_of_the_gradients_of_the_head(values, dense) -> None:
@@ -226,15 +262,20 @@ def test_signal_to_noise_is_that_of_the_gradients_of_the_head(values, dense) -> 
 
 
 def test_accuracies_are_of_both_models_on_the_same_problems(
-    config: Config, values, pair: ModelPair, sampled
+    either_pair: tuple[Config, ModelPair],
 ) -> None:
-    prompts = sampled[0]
-    correct = np.array([grade(pair, ids) for ids in response_ids(sampled[1])])
+    config, pair = either_pair
+    prompts, rollouts = sample_student(config, pair)
+    correct = np.array([grade(pair, ids) for ids in response_ids(rollouts)])
     first_prompts = prompts.rows(list(range(0, len(prompts), GROUP)))
     eos = {*pair.eos, *pair.teacher.eos}
     teacher_rollouts = draw(config, pair.teacher.model, first_prompts, eos, CONTROL, RESPONSE)
-    teacher = np.array([grade(pair, ids) for ids in response_ids(teacher_rollouts)])
+    responses = response_ids(teacher_rollouts)
+    teacher = np.array([grade(pair, ids) for ids in responses])
     assert 0 < correct.mean() != teacher.mean() > 0, "the test needs both models to be right"
+    special_ids = {*pair.tokenizer.all_special_ids} - eos
+    assert any(ids[-1] in special_ids for ids in responses), "the test needs special tokens last"
+    values = measure.measure_pair(config).values
     assert values["student_accuracy"] == pytest.approx(correct.mean())
     assert values["teacher_accuracy"] == pytest.approx(teacher.mean())
     assert values["accuracy_gap"] == pytest.approx(teacher.mean() - correct.mean())
@@ -243,15 +284,19 @@ def test_accuracies_are_of_both_models_on_the_same_problems(
 
 
 def test_the_teacher_continues_the_first_response_to_each_problem(
-    config: Config, values, pair: ModelPair, sampled
+    either_pair: tuple[Config, ModelPair],
 ) -> None:
-    responses = response_ids(sampled[1])
+    config, pair = either_pair
+    prompts, rollouts = sample_student(config, pair)
+    rollouts = shorten(rollouts, {0: 3, 3: 2, 12: 1})
+    responses = response_ids(rollouts)
     correct = np.array([grade(pair, ids) for ids in responses]).reshape(PROMPTS, GROUP)
     length = sorted(map(len, responses))[(len(responses) - 1) // 2] // 2
     rows = [i for i in range(0, len(responses), GROUP) if len(responses[i]) > length]
+    assert rows == [6, 9, 15, 18, 21, 24, 27], "the test needs responses that end before the prefix"
     prefixes = [responses[i][:length] for i in rows]
     longer_prompts = Prompts.from_ids(
-        [prompt_ids(sampled[0])[i] + prefix for i, prefix in zip(rows, prefixes, strict=True)],
+        [prompt_ids(prompts)[i] + prefix for i, prefix in zip(rows, prefixes, strict=True)],
         torch.arange(len(rows)),
     )
     eos = {*pair.eos, *pair.teacher.eos}
@@ -269,27 +314,25 @@ def test_the_teacher_continues_the_first_response_to_each_problem(
                 for i, prefix, ids in zip(rows, prefixes, response_ids(continued), strict=True)
             ]
         )
-        measured = measure.continuation_values(
-            seeded, pair, task, first_prompts, sampled[1], correct
+        values = accuracies.continuation_values(
+            seeded, pair, task, first_prompts, rollouts, correct
         )
-        assert measured["continuation_gain"] == pytest.approx(expected)
+        assert values["continuation_gain"] == pytest.approx(expected)
         gains.add(expected)
     assert values["continuation_length"] == length > 0
     assert len(gains) > 1, "the test needs gains that depend on what the teacher writes"
 
 
-def test_equal_seeds_give_equal_numbers_and_folders_may_be_paths(two_layer_pair) -> None:
+def test_equal_seeds_give_equal_numbers_and_folders_may_be_paths(tiny_pair) -> None:
     runs = [
-        measure.pair_measurements(
-            *two_layer_pair, max_prompt=64, max_response=4, rollouts=32, seed=s
-        )
+        measure.pair_measurements(*tiny_pair, max_prompt=64, max_response=4, rollouts=32, seed=s)
         for s in (0, 0, 1)
     ]
     assert repr(runs[0]) == repr(runs[1])
     assert runs[0]["reverse_kl"] != runs[2]["reverse_kl"]
     assert (runs[0]["prompts"], runs[0]["responses"]) == (8, 32)
-    assert set(measure.COLUMNS) <= set(runs[0])
-    assert all(math.isfinite(runs[0][name]) for name in measure.COLUMNS if name != "special_gap")
+    assert set(columns.COLUMNS) <= set(runs[0])
+    assert all(math.isfinite(runs[0][name]) for name in columns.COLUMNS if name != "special_gap")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +350,7 @@ def test_a_scout_refuses(config: Config, changes: dict[str, object], message: st
 
 
 def test_equal_models_too_few_prompts_and_missing_answers_are_refused(
-    config: Config, two_layer_pair, tmp_path: Path
+    config: Config, tiny_pair, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidInput, match="nothing to distil"):
         measure.measure_pair(with_settings(config, teacher=config.student))
@@ -318,7 +361,7 @@ def test_equal_models_too_few_prompts_and_missing_answers_are_refused(
     with pytest.raises(InvalidInput, match="nothing to distil"):
         measure.measure_pair(with_settings(config, teacher=str(copied)))
     with pytest.raises(InvalidInput, match="rollouts is 4, which is 1 prompts"):
-        measure.pair_measurements(*two_layer_pair, rollouts=4)
+        measure.pair_measurements(*tiny_pair, rollouts=4)
     few_problems = tmp_path / "few.jsonl"
     rows = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(4)]
     few_problems.write_text("\n".join(map(json.dumps, rows)))

@@ -11,9 +11,10 @@ from diagnostics.errors import InvalidInput
 from opd.analysis.scout import recommend
 from opd.analysis.scout.bank import FEATURES, pair_features
 from opd.analysis.scout.forecast import fit_collapse, fit_gain, forecast_collapse, forecast_gain
-from opd.analysis.scout.measure import PairMeasurements, RuleShare
+from opd.analysis.scout.measure import PairMeasurements
 from opd.analysis.scout.recommend import FittedBank, MethodForecast, report_teacher
 from opd.analysis.scout.report import ScoutReport, format_report, read_report, write_report
+from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Verdict, validate
 from tests.helpers.scout_banks import START, measurements, synthetic_bank
 
