@@ -1,6 +1,7 @@
 """The `opd eval` command."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +22,10 @@ from opd.config.field_checks import annotations, value_problem
 from opd.config.groups import EvalConfig, GamesConfig
 from opd.config.problems import raise_problems
 from opd.config.settings import parse_template, setting_fields
-from opd.evaluation.measures import NO_MEASURES, Measures, without_long_results
+from opd.evaluation.measures import NO_MEASURES, Measures, format_table, without_long_results
 
 UNCOMPARED = {
+    "model",
     "export",
     "export_folder",
     "out",
@@ -92,7 +94,13 @@ class EvaluationOptions:
 
 
 def main(argv: list[str]) -> None:
-    """Run `opd eval MODEL [--task lab] [--eval-samples K] ...`; print one JSON line."""
+    """Run `opd eval MODEL [--task lab] [--eval-samples K] ...`; print one JSON line.
+
+    The same numbers follow on the standard error stream, one a line with its interval.
+
+    Args:
+        argv: The arguments.
+    """
     options = parse_arguments(argv)
     # fail on an unreadable --against file or output folder before the evaluation starts
     required_fields = {"outcomes": str, "accuracy": float, "problem_set": str, "problems": int}
@@ -137,6 +145,7 @@ def main(argv: list[str]) -> None:
     if options.export != "none":
         export_evaluation(options.export, options.export_folder, evaluation, evaluation_settings)
     print(json.dumps(without_long_results(summary)))
+    print(format_table(summary), file=sys.stderr)
     if options.out is not None:
         text = json.dumps({**summary, "settings": settings}, indent=1, default=str)
         write_text(options.out, text + "\n")
@@ -178,7 +187,9 @@ def check_setting(name: str, value: Any) -> str:
 def option_values(options: EvaluationOptions) -> dict[str, Any]:
     """Return the options by name, without groups, as they are recorded with the results."""
     values = asdict(options) | {"template": parse_template(options.template, "--template")}
-    return values | values.pop("evaluation") | values.pop("games") | values.pop("measures")
+    for group in ("evaluation", "games", "measures"):
+        values |= values.pop(group)
+    return values
 
 
 def differing_settings(

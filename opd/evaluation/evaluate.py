@@ -100,7 +100,7 @@ def evaluation_result(graded: GradedResponses) -> dict[str, Any]:
         "problems": correct.shape[0],
         "samples": correct.shape[1],
         "length": float(graded.length.mean()),
-        "truncated": 1 - float(graded.ended.mean()),
+        "truncated": float((~graded.ended).mean()),
         "unparsed": sum(is_unparsed) / len(is_unparsed),
     }
     if correct.shape[1] > 1 and not graded.game_metrics:

@@ -38,6 +38,8 @@ class Measures:
 NO_MEASURES = Measures()
 BY_PROBLEM = "by_problem"
 """End of the names of results with one entry per problem, for paired comparisons."""
+UNNAMED_INTERVALS = ("accuracy", "gain", "change")
+"""Ends of the names of results whose interval is `low` to `high` beside them."""
 
 
 def is_long(name: str) -> bool:
@@ -48,3 +50,31 @@ def is_long(name: str) -> bool:
 def without_long_results(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the results that are one number or text."""
     return {name: value for name, value in metrics.items() if not is_long(name)}
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """Format the numbers of an evaluation for reading: one a line, with its interval.
+
+    Args:
+        metrics: Results by name.
+
+    Returns:
+        Lines of name, value and [low, high] where there is an interval; results that are text
+        follow their name.
+    """
+    numbers = without_long_results(metrics)
+    lines = []
+    for name, value in numbers.items():
+        parent, _, last_part = name.rpartition("/")
+        if last_part in ("low", "high") or isinstance(value, (dict, list)):
+            continue
+        if isinstance(value, str):
+            lines.append((name, value))
+            continue
+        stem = parent if last_part in UNNAMED_INTERVALS else name
+        ends = [numbers.get(f"{stem}/{end}".removeprefix("/")) for end in ("low", "high")]
+        interval = "" if None in ends else f"  [{ends[0]:.3f}, {ends[1]:.3f}]"
+        is_count = float(value).is_integer() and abs(value) > 1
+        lines.append((name, (f"{value:.0f}" if is_count else f"{value:.3f}") + interval))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)

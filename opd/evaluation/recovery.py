@@ -82,10 +82,11 @@ def measure_recovery(
         seed: Seed of places, digits and sampling.
 
     Returns:
-        `recovery_metrics`, and the records.
+        `recovery_metrics`, and the records; `prefixes` 0 and `left_out` 1 alone where no response
+        has a token to perturb.
 
     Raises:
-        InvalidInput: There is no token to perturb, or no solution.
+        InvalidInput: No solution has a token to perturb, or a problem has none.
     """
     if not graded.tokens:
         raise InvalidInput("recovery needs the tokens of responses, sampled in one process")
@@ -105,11 +106,13 @@ def measure_recovery(
         max_response,
         np.random.default_rng(derive_seed(seed, 0, RECOVERY)),
     )
-    if not perturbations:
+    if not perturbations and source == "solution":
         raise InvalidInput(
-            f"no {source} has a token before its answer that recovery {kind!r} can replace; "
-            "use runner_up, or longer responses"
+            f"no solution has a token before its answer that recovery {kind!r} can replace; use "
+            "recovery_prefix response"
         )
+    if not perturbations:  # a model that collapsed may have written nothing
+        return {"prefixes": 0, "left_out": 1.0}, []
     if alternatives is None:
         replacements = runner_up_ids(model, prompts, perturbations, sorted(excluded))
         perturbations = [
@@ -175,7 +178,7 @@ def recovery_metrics(
     by_problem = np.stack([unperturbed - perturbed, count], 1).tolist()
     return metrics | {
         "prefixes": len(records),
-        "left_out": 1 - len(records) / (num_problems * num_samples),
+        "left_out": (num_problems * num_samples - len(records)) / (num_problems * num_samples),
         "prefix_length": float(np.mean(lengths)),
         BY_PROBLEM: by_problem,
     }

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.command import parse_options
 from opd.experiments.regimes.bank import write_bank
+from opd.experiments.regimes.evaluation import evaluate_cell, evaluate_start
 from opd.experiments.regimes.methods import METHODS, RunSettings
 from opd.experiments.regimes.regimes import REGIMES
 from opd.experiments.regimes.runs import Cell, MapFolder, prepare_pair, run_cell
@@ -51,6 +52,9 @@ class MapOptions:
     """processes, with one thread each"""
     root: Path = Path("results/map")
     """folder of models and runs"""
+    evaluate: bool = False
+    """also measure calibration, recovery from an error, forgetting, the teacher's ceiling and the
+    cost of each run (docs/evaluation.md), to evaluation.json in its folder"""
     bank: Path | None = None
     """also write the finished runs with the measurements of their pairs to this CSV file, for
     `opd scout --bank`"""
@@ -105,6 +109,11 @@ def main(argv: list[str]) -> None:
     settings = RunSettings(options.split, options.steps, options.lr)
     try:
         run_all("runs", run_cell, [(folder, cell, settings) for cell in cells], options)
+        if options.evaluate:
+            starts = [(folder, *pair, settings) for pair in pairs]
+            run_all("evaluations of students", evaluate_start, starts, options)
+            finals = [(folder, cell, settings) for cell in cells]
+            run_all("evaluations of runs", evaluate_cell, finals, options)
     finally:
         if options.bank is not None:
             count = write_bank(folder, cells, options.bank)

@@ -57,6 +57,15 @@ class MapFolder:
         """Return the file of what was measured on a pair before training."""
         return self.root / "measurements" / f"{regime}-{seed}.json"
 
+    def start_evaluation(self, regime: str, seed: int, split: str) -> Path:
+        """Return the file of the evaluation of a pair's student before training."""
+        return self.root / "measurements" / f"{regime}-{seed}-{split}.json"
+
+    def evaluation(self, cell: Cell, split: str) -> Path:
+        """Return the file of the evaluation of a run's final model on a split."""
+        name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
+        return self.run(cell) / name
+
 
 def prepare_pair(folder: MapFolder, regime: str, seed: int) -> None:
     """Build a pair of models and measure it, unless that is done.

@@ -11,9 +11,11 @@ from diagnostics.stats import gain_interval
 from opd.cli import evaluate as command
 from opd.config.groups import EvalConfig
 from opd.data import sort_task
+from opd.data.tasks import Task
 from opd.evaluation.answer_confidence import answer_confidence
 from opd.evaluation.calibration import over_confidence, vote_confidence
 from opd.evaluation.comparison import compare_results
+from opd.evaluation.evaluate import problem_fingerprint
 from opd.evaluation.folder import (
     EvaluationSettings,
     load_evaluated,
@@ -21,9 +23,11 @@ from opd.evaluation.folder import (
     measure_folder,
     respond_with,
 )
-from opd.evaluation.measures import Measures
+from opd.evaluation.measures import Measures, format_table
+from opd.evaluation.recovery import measure_recovery
 from opd.evaluation.statistics import decode_outcomes, encode_outcomes, summarize
 from opd.evaluation.teacher_ceiling import ceiling_metrics, closed_share
+from opd.rollouts.hf_engine import HfEngine
 from tests.helpers.games import ECHO
 
 
@@ -52,8 +56,12 @@ def words(tiny_pair: Any) -> list[str]:
 def test_the_command_measures_all_and_compares_it(
     tiny_pair, sorting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The untrained model answers in no readable way but with the grader exact."""
-    measure_options = ["--grader", "exact", "--calibration", "--recovery", "runner_up"]
+    """By a grader that finds every other response of the untrained models correct."""
+    (tmp_path / "odd.py").write_text("def odd(response, answer):\n    return len(response) % 2\n")
+    grader = f"{tmp_path / 'odd.py'}:odd"
+    measure_options = ["--grader", grader, "--calibration", "--recovery", "runner_up"]
+    measure_options += ["--recovery-prefix", "solution", "--seed", "2"]
+    measure_options += ["--eval-temperature", "0.7", "--eval-top-p", "0.9"]
     measure_options += ["--other-task", str(sorting), "--other-grader", "exact", "--teacher"]
     out, responses = tmp_path / "a.json", tmp_path / "responses.jsonl"
     options = [*words(tiny_pair), *measure_options, str(tiny_pair[1]), "--out", str(out)]
@@ -68,7 +76,9 @@ def test_the_command_measures_all_and_compares_it(
     )
     for name in interval_names:
         assert printed[f"{name}/low"] <= printed[name] <= printed[f"{name}/high"]
-    loaded = load_evaluated(str(tiny_pair[0]), settings())
+    sampling = EvalConfig(eval_problems=6, eval_samples=3, eval_temperature=0.7, eval_top_p=0.9)
+    same = settings(evaluation=sampling, grader=grader, seed=2)
+    loaded, teacher = (load_evaluated(str(folder), same) for folder in tiny_pair)
     other_task = load_problems(
         loaded.tokenizer,
         settings(task="lab", evaluation=EvalConfig(eval_task=str(sorting)), grader="exact"),
@@ -76,23 +86,54 @@ def test_the_command_measures_all_and_compares_it(
     assert {p.prompt for p in other_task.test(9)} == {  # type: ignore[union-attr]
         p.prompt for p in sort_task.problems("test", 6, 0)
     }
-    graded = respond_with(
-        loaded, load_problems(loaded.tokenizer, settings(grader="exact")), settings()
-    )
+    assert printed["other/problem_set"] == problem_fingerprint(other_task.test(6))  # type: ignore[arg-type]
+    assert printed["other/accuracy"] == 0, "by its own grader"
+    task = load_problems(loaded.tokenizer, same)
+    assert isinstance(task, Task)
+    graded = respond_with(loaded, task, same)
     assert saved_result["outcomes"] == encode_outcomes(graded.correct)
-    excess = over_confidence(vote_confidence(graded.answers), graded.correct)
-    assert printed["vote/over_confidence"] == excess["over_confidence"]
-    confidence = answer_confidence(loaded.model, loaded.tokenizer, graded, 64)
-    excess = over_confidence(confidence, graded.correct)
-    assert printed["calibration/over_confidence"] == excess["over_confidence"]
-    assert len(saved_result["calibration/by_problem"]) == 6
-    (row, *_) = [json.loads(line) for line in responses.read_text().splitlines()]
-    for record in row["recovery"]:
-        ids = graded.tokens[0][record["sample"]].tolist()
-        assert record["ids"][0] == ids[record["position"]] != record["ids"][1]
-        assert len(record["responses"]) == len(record["correct"]) == 2
-    command.main([*options, "--against", str(out)])
+    assert 0 < printed["accuracy"] < 1
+    teachers = respond_with(teacher, task, same).correct
+    assert printed["teacher/accuracy"] == teachers.mean() != printed["accuracy"]
+    for name, confidence in (
+        ("calibration", answer_confidence(loaded.model, loaded.tokenizer, graded, 64)),
+        ("vote", vote_confidence(graded.answers)),
+    ):
+        excess = over_confidence(confidence, graded.correct)
+        assert printed[f"{name}/over_confidence"] == excess["over_confidence"]
+        is_answered = ~np.isnan(confidence)
+        squares = (confidence - graded.correct)[is_answered] ** 2
+        assert printed[f"{name}/brier"] == pytest.approx(squares.mean())
+        if name == "calibration":
+            excesses = np.where(is_answered, confidence - graded.correct, 0).sum(1)
+            by_problem = np.stack([excesses, is_answered.sum(1)], 1)
+            np.testing.assert_allclose(saved_result["calibration/by_problem"], by_problem)
+    recovery_metrics, records = measure_recovery(
+        HfEngine(loaded.model),
+        *(loaded.model, loaded.tokenizer, loaded.eos, graded, task.grade),
+        kind="runner_up",
+        source="solution",
+        max_prompt=64,
+        max_response=12,
+        temperature=0.7,
+        top_p=0.9,
+        seed=2,
+    )
+    for name, value in recovery_metrics.items():
+        assert saved_result[f"recovery/{name}"] == value
+    file_rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    assert sum(len(row["recovery"]) for row in file_rows) == len(records) == 18
+    for record in records:
+        place = record.perturbation
+        (saved,) = (x for x in file_rows[place.problem]["recovery"] if x["sample"] == place.sample)
+        solution = loaded.tokenizer.encode(graded.problems[place.problem].solution)
+        assert saved["ids"] == [place.original, place.replacement]
+        assert saved["ids"][0] == solution[saved["position"]] != saved["ids"][1]
+        assert tuple(saved["responses"]) == record.texts
+        assert tuple(saved["correct"]) == record.correct
+    command.main([*options, "--against", str(out), "--eval-top-p", "0.9"])
     repeated_result = json.loads(capsys.readouterr().out)
+    assert "against/settings" not in repeated_result
     for name in ("gain", "other/gain"):
         assert repeated_result[f"against/{name}"] == 0
     for name in ("calibration/over_confidence", "recovery/loss"):
@@ -144,6 +185,34 @@ def test_bad_input_is_refused_before_anything_is_sampled(
         compare_results(result | other_result, result | other_result | {"other/problem_set": "y"})
 
 
+def test_the_table_has_every_number_with_its_interval() -> None:
+    metrics = {
+        **{"accuracy": 0.25, "low": 0.125, "high": 0.5, "other/accuracy": 1.0},
+        **{"other/low": 0.75, "other/high": 1.0, "gap@2": 0.0625, "gap@2/low": 0.0},
+        **{
+            "gap@2/high": 0.1,
+            "length": 12.0,
+            "truncated": 0.0,
+            "outcomes": "01",
+            "cost/steps": 30.0,
+        },
+        **{"against/recovery/loss/change": -0.5, "against/recovery/loss/low": -0.75},
+        **{"against/recovery/loss/high": -0.25, "teacher/closed/undefined": "too few"},
+        "against/settings": {"seed": [0, 1]},
+    }
+    words = [line.split(maxsplit=1) for line in format_table(metrics).splitlines()]
+    assert words == [
+        ["accuracy", "0.250  [0.125, 0.500]"],
+        ["other/accuracy", "1.000  [0.750, 1.000]"],
+        ["gap@2", "0.062  [0.000, 0.100]"],
+        ["length", "12"],
+        ["truncated", "0.000"],
+        ["cost/steps", "30"],
+        ["against/recovery/loss/change", "-0.500  [-0.750, -0.250]"],
+        ["teacher/closed/undefined", "too few"],
+    ]
+
+
 def row_of(correct: np.ndarray) -> dict[str, Any]:
     metrics = summarize(correct, [["a"] * correct.shape[1]] * len(correct))
     return {**metrics, "problems": len(correct), "outcomes": encode_outcomes(correct)}
@@ -172,6 +241,26 @@ def test_forgetting_is_paired_by_problem_of_the_other_task() -> None:
     assert comparison_of_totals[name] == pytest.approx(1 / 3 - 0.5 / 3)
 
 
+@pytest.mark.parametrize("measure", ["calibration/over_confidence", "recovery/loss"])
+def test_the_change_of_a_ratio_is_paired_by_problem(measure: str) -> None:
+    """With equal counts it is the mean of the problems' own changes, which differ little."""
+    generator = np.random.default_rng(4)
+    old = generator.uniform(-1, 1, 50)
+    new = old - 0.1 + generator.uniform(-0.02, 0.02, 50)
+    totals = measure.partition("/")[0] + "/by_problem"
+    task = row_of(np.ones((50, 1), bool)) | {"problem_set": "t"}
+    results = [task | {totals: np.stack([2 * x, 0 * x + 2], 1).tolist()} for x in (old, new)]
+    comparison = compare_results(*results)
+    assert comparison[f"{measure}/change"] == pytest.approx((new - old).mean())
+    ends = comparison[f"{measure}/low"], comparison[f"{measure}/high"]
+    assert ends == pytest.approx(gain_interval(new - old))
+    assert ends[1] < 0
+    others = {"calibration/over_confidence", "recovery/loss"} - {measure}
+    assert not [name for name in comparison if name.startswith(tuple(others))]
+    no_answer = task | {totals: [[0, 0]] * 50}
+    assert f"{measure}/change" not in compare_results(results[0], no_answer)
+
+
 def test_the_share_closed_is_fiellers() -> None:
     """Its ends are where a paired t test of gain - r lead turns, found by trying many r."""
     generator = np.random.default_rng(1)
@@ -179,7 +268,7 @@ def test_the_share_closed_is_fiellers() -> None:
     gain = np.where(generator.random(300) < 0.6, lead, 0) - (generator.random(300) < 0.05)
     share = closed_share(gain, lead)
     assert share["teacher/closed"] == pytest.approx(gain.sum() / lead.sum())
-    ratios = np.linspace(0, 1.2, 4801)
+    ratios = np.linspace(0, 1.2, 1201)
     residual = gain - ratios[:, None] * lead
     from scipy.stats import ttest_1samp
 

@@ -10,6 +10,7 @@ import torch
 from opd.data.chain_task import Problem
 from opd.data.grading.graders import make_grader
 from opd.data.prompts import encode_prompts
+from opd.evaluation import recovery
 from opd.evaluation.perturbation import (
     Perturbation,
     digit_alternatives,
@@ -150,7 +151,78 @@ def test_equal_prefixes_have_equal_continuations(loaded: Any) -> None:
     assert once == twice
     assert {len(record.perturbation.prefix) for record in once[1]} <= {1, 3, 5}
     other_seed = run(loaded, HfEngine(model), graded, max_response=30, seed=5)
-    assert other_seed[1] != once[1]
+    places_of_seeds = [[x.perturbation for x in records] for _, records in (once, other_seed)]
+    assert places_of_seeds[0] != places_of_seeds[1]
+
+
+class RecordingScript(Script):
+    """A script that keeps the settings of every call, and the state of its random numbers."""
+
+    def __init__(self, say: Any) -> None:
+        super().__init__(say)
+        self.settings: list[dict[str, Any]] = []
+        self.states: list[bytes] = []
+
+    def sample(self, prompts: Any, eos: list[int], **options: Any) -> Any:
+        generator = options.pop("generator")
+        self.states.append(bytes(generator.get_state().tolist()))
+        torch.rand(1, generator=generator)
+        self.settings.append(options)
+        return super().sample(prompts, eos)
+
+
+def test_both_continuations_have_the_same_random_numbers_and_settings(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of two rows, which differ in their random numbers and have their own prompts."""
+    monkeypatch.setattr(recovery, "ROWS_AT_ONCE", 2)
+    graded = graded_texts(loaded[0], [[f"<think>a{'b' * i}{i}</think>9"] for i in range(3)])
+    engine = RecordingScript(lambda row, call: "c")
+    _, records = run(loaded, engine, graded, temperature=0.7, top_p=0.9)
+    assert engine.states[:2] == engine.states[2:]
+    assert engine.states[0] != engine.states[1]
+    for call, longest in enumerate((37, 35) * 2):
+        assert engine.settings[call] == {
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "max_response": longest,
+        }
+    for call, rows in enumerate(([0, 1], [2], [0, 1], [2])):
+        for text, i in zip(engine.read[call], rows, strict=True):
+            token = loaded[0].decode([records[i].perturbation.replacement])
+            digit = str(i) if call < 2 else token
+            assert text.endswith(f"<think>a{'b' * i}{digit}")
+            assert f"prompt {i}" in text
+
+
+def test_neither_place_nor_error_is_special(loaded: Any) -> None:
+    """Of the two tokens that end no response, the error is the one that is not there."""
+    tokenizer, model, _ = loaded
+    a, b = tokenizer.encode("ab")
+    end_ids = [i for i in range(model.vocabulary) if i not in (a, b)]
+    graded = graded_texts(tokenizer, [["<think>aaa</think>9"], ["<think>abb</think>9"]])
+    engine = Script(lambda row, call: "")
+    for seed in range(4):
+        _, records = measure_recovery(
+            engine,
+            model,
+            tokenizer,
+            end_ids,
+            graded,
+            LAB,
+            kind="runner_up",
+            **SETTINGS | {"seed": seed},
+        )
+        assert len(records) == 2
+        for record in records:
+            place = record.perturbation
+            assert {place.original, place.replacement} == {a, b}
+    eos = [tokenizer.eos_token_id]
+    texts = [["<think>a</think>9", "<think></think>"]] * 4
+    _, records = run(
+        (tokenizer, model, eos), engine, graded_texts(tokenizer, texts), kind="runner_up"
+    )
+    assert [record.perturbation.original for record in records] == [a] * 4
 
 
 def test_the_runner_up_is_the_most_probable_other_token(loaded: Any) -> None:
@@ -240,8 +312,14 @@ def test_totals_are_added_over_problems_with_different_numbers_of_places() -> No
 def test_what_cannot_be_perturbed_is_refused(loaded: Any) -> None:
     graded = graded_texts(loaded[0], [["<think>no number</think>1"]])
     engine = Script(lambda row, call: "")
-    with pytest.raises(ValueError, match="no response has a token before its answer"):
-        run(loaded, engine, graded)
+    assert run(loaded, engine, graded) == ({"prefixes": 0, "left_out": 1.0}, [])
+    assert not engine.read
+    two_answers = graded_texts(loaded[0], [["<think>a</think>1</think>2"]] * 3)
+    _, records = run(loaded, Script(lambda row, call: "</think>0"), two_answers)
+    assert records[0].correct == (False, False), "the prefix is graded too, with its tag"
+    without_digits = graded_texts(loaded[0], [["<think>a</think>1"]], "<think>b</think>3")
+    with pytest.raises(ValueError, match="no solution has a token before its answer"):
+        run(loaded, engine, without_digits, source="solution")
     with pytest.raises(ValueError, match="1 of 1 problems have no solution to perturb"):
         run(loaded, engine, graded, source="solution")
     with_solution = graded_texts(loaded[0], [["<think>no", "<think>no"]], "<think>1:2</think>3")

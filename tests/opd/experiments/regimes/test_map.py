@@ -8,10 +8,13 @@ import pytest
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 from diagnostics.records.run_folder import RunFolder
-from opd.data import chain_task
+from opd.config.groups import EvalConfig
+from opd.data import chain_task, sort_task
+from opd.evaluation.folder import evaluate_folder
 from opd.experiments.regimes import command
 from opd.experiments.regimes.bank import has_collapsed, write_bank
 from opd.experiments.regimes.command import MapOptions, cells_to_run, run_all
+from opd.experiments.regimes.evaluation import evaluate_cell, evaluate_start
 from opd.experiments.regimes.methods import (
     CORE_METHODS,
     MASKED,
@@ -171,6 +174,56 @@ def test_a_collapse_is_a_fall_below_half_of_the_best(
     accuracies: list[float], collapsed: bool
 ) -> None:
     assert has_collapsed(accuracies) == collapsed
+
+
+def test_the_final_model_is_measured_against_its_start_and_its_teacher(folder: MapFolder) -> None:
+    """A number as the answer is right now and then, also from models that were never trained."""
+    pair = folder.pair("density-1", 0)
+    for name, problems in (("test", chain_task), ("other_task", sort_task)):
+        rows = [
+            {"prompt": x.prompt, "answer": x.answer[0], "grader": "numeric"}
+            for x in problems.problems("test", 20, 0)
+        ]
+        (pair / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cell, settings = Cell("density-1", "lsm", 0), RunSettings(steps=1)
+    run_cell(folder, cell, settings)
+    evaluate_start(folder, "density-1", 0, settings)
+    evaluate_cell(folder, cell, settings)
+    start, final = (
+        json.loads(path.read_text())
+        for path in (
+            folder.start_evaluation("density-1", 0, "test"),
+            folder.run(cell) / "evaluation.json",
+        )
+    )
+    sampling = EvalConfig(eval_task=str(pair / "test.jsonl"), eval_problems=20, eval_samples=4)
+    expected = [
+        evaluate_folder(
+            str(model),
+            "lab",
+            evaluation=sampling,
+            max_prompt=40,
+            max_response=12,
+            seed=0,
+            device="cpu",
+        )
+        for model in (pair / "student", folder.run(cell) / "final", pair / "teacher")
+    ]
+    assert start["outcomes"] == expected[0]["outcomes"]
+    assert final["outcomes"] == expected[1]["outcomes"]
+    assert final["teacher/accuracy"] == expected[2]["accuracy"] != expected[1]["accuracy"]
+    assert final["against/gain"] == pytest.approx(final["accuracy"] - start["accuracy"])
+    assert final["other/problem_set"] == start["other/problem_set"] != final["problem_set"]
+    assert final["cost/steps"] == 1
+    for name in ("gap@4", "calibration/brier", "recovery/loss", "against/other/gain"):
+        assert name in final
+    assert not [name for name in start if name.startswith(("teacher/", "against/", "cost/"))]
+    paths = [folder.start_evaluation("density-1", 0, "test"), folder.evaluation(cell, "test")]
+    for path in paths:
+        path.write_text("kept")
+    evaluate_start(folder, "density-1", 0, settings)
+    evaluate_cell(folder, cell, settings)
+    assert [path.read_text() for path in paths] == ["kept", "kept"]
 
 
 def test_a_failed_run_is_named_with_its_log(folder: MapFolder) -> None:

@@ -277,6 +277,7 @@ def test_two_processes_write_what_one_writes(tiny_pair, tmp_path: Path) -> None:
     changes: dict[str, Any] = {**ONE_STEP, "prompts_per_step": 4, "max_response": 6}
     runs: tuple[dict[str, Any], ...] = (
         {"prefixes": "mixed:0.3:dataset", "objective": "full_jsd", "group_size": 1},
+        {"prefixes": "mixed:0.5", "objective": "full_jsd"},
         {
             "prefixes": "dataset",
             "objective": "negative_log_likelihood",
@@ -298,6 +299,10 @@ def test_two_processes_write_what_one_writes(tiny_pair, tmp_path: Path) -> None:
             assert expected.keys() == actual.keys()
             for name in ("loss", "grad_norm", "response/length", "response/reward"):
                 assert actual[name] == pytest.approx(expected[name], rel=2e-4), name
+            for name in ("student", "teacher_sampled", "teacher"):
+                assert actual[f"cost/{name}_tokens"] == expected[f"cost/{name}_tokens"], name
+    (mixed_row,) = rows(Path(alone[1].out))
+    assert min(mixed_row["cost/student_tokens"], mixed_row["cost/teacher_sampled_tokens"]) > 0
 
 
 def test_replayed_responses_grow_old_and_survive_a_resume(tiny_pair, tmp_path: Path) -> None:

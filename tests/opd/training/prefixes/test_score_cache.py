@@ -93,6 +93,9 @@ def test_the_cached_run_has_the_bits_of_the_live_run(
             assert cached_row.get(name) == live_row.get(name), name
         assert "divergence/reverse_kl" not in cached_row
         assert cached_row["consistency/teacher_rescored"] == 0
+        assert cached_row["cost/teacher_tokens"] == 0 < live_row["cost/teacher_tokens"]
+        for name in ("cost/student_tokens", "cost/teacher_sampled_tokens"):
+            assert cached_row[name] == live_row[name] == 0, "the responses were given"
     weights = [load_file(x / "final" / "model.safetensors") for x in (live, folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.run_groups import differing_settings
@@ -69,13 +70,20 @@ def logp_by_hand(model: Path, prompt: str, response: Tensor) -> Tensor:
     return logits[len(ids) - 1 : -1].log_softmax(-1)
 
 
+def num_tokens_read(batch: Rollouts, teacher_prompts: list[str]) -> int:
+    """Return the tokens of responses and of the prompts before them that a teacher reads."""
+    tokenizer = make_tokenizer()
+    lengths = [len(tokenizer.encode(x, add_special_tokens=False)) for x in teacher_prompts]
+    return int(batch.mask.sum()) + sum(lengths)
+
+
 @pytest.mark.parametrize("objective", ["sampled_token", "full_reverse_kl"])
 def test_a_view_that_is_the_prompt_changes_no_bit(view_run, objective: str) -> None:
     plain = view_run("plain", objective=objective, probe_every=2)
     viewed = view_run("viewed", "{{ prompt }}", objective=objective, probe_every=2)
     viewed_rows = rows(viewed)
     effects = [{k: row.pop(k) for k in list(row) if k.startswith("view/")} for row in viewed_rows]
-    assert viewed_rows == rows(plain)
+    assert viewed_rows == rows(plain), "with the same counts of tokens"
     assert all(torch.equal(x, weights(viewed)[name]) for name, x in weights(plain).items())
     assert effects[0]["view/kl"] == effects[0]["view/signal_share"] == 0
     assert all(row["view/copied_share"] == 0 for row in effects)
@@ -115,6 +123,8 @@ def test_scores_are_those_of_two_prompts_and_the_student_reads_its_own(
     assert row["divergence/k1"] != pytest.approx(rows(plain)[0]["divergence/k1"], abs=1e-2)
     assert row["consistency/teacher_rescored"] < 3
     assert row["view/kl"] > 1e-3
+    assert row["cost/teacher_tokens"] == num_tokens_read(batch, shown_texts)
+    assert rows(plain)[0]["cost/teacher_tokens"] == num_tokens_read(batches[0], texts[0])
 
 
 def test_the_probe_reads_the_teacher_with_its_view(view_run) -> None:
@@ -240,7 +250,11 @@ def test_tasks_have_views_of_their_own_and_may_share_an_average(
         json.loads(file.with_suffix(suffix).read_text())
         for suffix in (".prompts.json", ".teacher_prompts.json")
     )
-    for row, task in enumerate(load_batch(file).task.tolist()):
+    batch = load_batch(file)
+    cost = rows(folder)[0]
+    assert cost["cost/teacher_tokens"] == num_tokens_read(batch, shown_texts), "of both tasks"
+    assert cost["cost/student_tokens"] == batch.mask.sum()
+    for row, task in enumerate(batch.task.tolist()):
         a = int(texts[row].removeprefix("<|im_start|>user\n").partition("+")[0])
         if task == 0:
             assert shown_texts[row] == chat(f"{a}+{a} is {2 * a}")
@@ -352,6 +366,7 @@ def test_a_server_scores_its_own_prompts_and_limits_them(view_run, two_layer_pai
     assert "view/kl" not in row
     assert row["view/log_ratio"] != 0
     assert row["consistency/teacher_rescored"] == 0
+    assert row["cost/teacher_tokens"] == num_tokens_read(batch, shown_texts)
 
 
 LONG = "{{ prompt }}{{ ' long' * 60 }}"
