@@ -325,10 +325,11 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
     if too_small:
         return Verdict(None, too_small, too_small)
     validation = validate(bank, "family", seed, resamples)
-    return Verdict(validation, _gain_doubts(validation), _collapse_doubts(validation))
+    return Verdict(validation, gain_doubts(validation), collapse_doubts(validation))
 
 
-def _gain_doubts(validation: Validation) -> tuple[str, ...]:
+def gain_doubts(validation: Validation) -> tuple[str, ...]:
+    """Return why gains are not forecast, by the rule of `judge`."""
     doubts = []
     value, low, high = validation.spearman[FORECAST]
     if not low > 0:
@@ -350,7 +351,8 @@ def _gain_doubts(validation: Validation) -> tuple[str, ...]:
     return tuple(doubts)
 
 
-def _collapse_doubts(validation: Validation) -> tuple[str, ...]:
+def collapse_doubts(validation: Validation) -> tuple[str, ...]:
+    """Return why collapses are not forecast, by the rule of `judge`."""
     num_collapsed = validation.num_collapsed_pairs
     num_stable = validation.num_pairs - num_collapsed
     if min(num_collapsed, num_stable) < MIN_COLLAPSED:

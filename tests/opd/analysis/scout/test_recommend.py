@@ -113,6 +113,8 @@ def test_a_method_is_chosen_by_forecast_only_if_that_chooses_better(fitted: Fitt
     assert recommend.choose_method(worse, forecasts).value == "c"
     doubtful = Verdict(better.validation, ("no",), ())
     assert recommend.choose_method(doubtful, forecasts).value == "c"
+    unstable = (*forecasts[:2], replace(forecasts[2], collapse=(0.6, 0.4, 0.8)))
+    assert recommend.choose_method(worse, unstable).value == "b"
     collapsing = (forecasts[0], replace(forecasts[1], collapse=(0.5, 0.1, 0.9)))
     choice = recommend.choose_method(better, collapsing)
     assert (choice.value, "every method is forecast to collapse" in choice.reason) == ("", True)

@@ -16,6 +16,7 @@ from opd.analysis.scout.validation import (
     LeftOutForecasts,
     all_scores,
     best_signs,
+    gain_doubts,
     judge,
     leave_out,
     pair_regrets,
@@ -56,6 +57,35 @@ def test_noise_is_not_forecast() -> None:
     assert sum(not verdict.gain_doubts for verdict in verdicts) <= 1
     assert not any(verdict.chooses_method for verdict in verdicts if verdict.gain_doubts)
     assert all("not clear of 0" in " ".join(v.gain_doubts) for v in verdicts if v.gain_doubts)
+
+
+def test_a_collapse_that_may_be_by_chance_is_not_forecast() -> None:
+    bank = synthetic_bank(0, effects={}, families=4, pairs=5, methods=2, pair_noise=0.12)
+    verdict = judge(bank, resamples=60)
+    assert verdict.validation is not None
+    value, low, _ = verdict.validation.auroc[FORECAST]
+    assert low < 0.5 < value, "the test needs an area above 1/2 by chance"
+    assert verdict.validation.num_collapsed_pairs == len(set(bank.pair[bank.collapsed])) > 5
+    assert verdict.validation.num_collapsed_pairs < bank.collapsed.sum()
+    (doubt,) = verdict.collapse_doubts
+    assert "not clear of 0.5" in doubt
+    assert verdict.validation.unit == "family", "a bank is judged by families that were left out"
+
+
+def test_a_lead_over_single_predictors_and_averages_is_needed() -> None:
+    bank = synthetic_bank(0, effects=EFFECTS, families=4, pairs=4, methods=2)
+    clear = replace(
+        validate(bank, "family", resamples=20),
+        spearman={FORECAST: (0.6, 0.4, 0.8), **dict.fromkeys(PREDICTORS, (0.5, 0.2, 0.8))},
+        spearman_lead=(0.1, -0.1, 0.2),
+        error=(0.05, 0.04, 0.06),
+        error_lead=(0.01, -0.01, 0.02),
+    )
+    assert gain_doubts(clear) == ()
+    (doubt,) = gain_doubts(replace(clear, spearman_lead=(0.0, -0.1, 0.1)))
+    assert "alone orders runs as well: 0.50 against 0.60" in doubt
+    (doubt,) = gain_doubts(replace(clear, error_lead=(-0.01, -0.02, 0.01)))
+    assert "mean error is 0.050, and that of each method's average gain 0.040" in doubt
 
 
 def test_features_that_identify_a_pair_do_not_help_when_it_is_left_out() -> None:
@@ -129,6 +159,8 @@ def test_scores_beside_single_predictors_with_their_best_sign() -> None:
         for low, gain, high in zip(forecasts.gain_low, bank.gain, forecasts.gain_high, strict=True)
     ]
     assert scores["coverage"] == pytest.approx(np.mean(is_covered))
+    above = replace(forecasts, gain_low=bank.gain + 0.1, gain_high=bank.gain + 0.2)
+    assert all_scores(bank, above, signs, np.ones((1, 12)))["coverage"].tolist() == [0.0]
 
 
 def test_regret_is_the_gain_that_the_choice_of_a_method_loses() -> None:
@@ -174,6 +206,7 @@ def test_intervals_are_those_of_the_bootstrap_over_pairs() -> None:
     generator = np.random.default_rng(5)
     expected = bootstrap_interval(np.arange(9), error, generator, resamples=60)
     validation = validate(bank, "pair", seed=5, resamples=60)
+    assert validation.width == pytest.approx((forecasts.gain_high - forecasts.gain_low).mean())
     assert validation.error == pytest.approx((errors.mean(), *expected))
 
 
