@@ -124,7 +124,7 @@ def wilson_interval(share: float, count: float, critical: float = Z) -> tuple[fl
     )
 
 
-def gain_interval(values: Array) -> tuple[float, float]:
+def gain_interval(values: Array, comparisons: int = 1) -> tuple[float, float]:
     """Compute a 95 % interval of a mean paired difference of shares; never degenerate.
 
     Wald's interval after adding two problems, one gained and one lost. With one answer per problem
@@ -136,6 +136,7 @@ def gain_interval(values: Array) -> tuple[float, float]:
     Args:
         values: (M,) or (N, M), differences in [-1, 1] on M problems, by N runs on the same
             problems.
+        comparisons: Number of such intervals that hold together with 95 % (Bonferroni).
 
     Returns:
         (low, high).
@@ -152,7 +153,7 @@ def gain_interval(values: Array) -> tuple[float, float]:
     variance = ((squares + 2 * added_square) / (problems + 2) - centre**2) / (problems + 2)
     between = _between_runs(table)
     total = variance + between
-    half_width = _critical(total, between, runs) * math.sqrt(total)
+    half_width = _critical(total, between, runs, comparisons) * math.sqrt(total)
     mean = float(table.mean())
     return max(-1.0, min(centre - half_width, mean)), min(1.0, max(centre + half_width, mean))
 
@@ -193,10 +194,18 @@ def problem_accuracies(outcomes: str) -> Array:
     return np.array([sum(map(int, samples)) / len(samples) for samples in outcomes.split()])
 
 
-def t_critical(degrees: float) -> float:
-    """Return the 97.5 % quantile of Student's t."""
+def t_critical(degrees: float, comparisons: int = 1) -> float:
+    """Return the 97.5 % quantile of Student's t, or that of several intervals (Bonferroni).
+
+    Args:
+        degrees: Degrees of freedom; infinity for the normal distribution.
+        comparisons: Number of intervals that hold together with 95 %.
+
+    Returns:
+        The quantile of 1 - 0.025 / comparisons.
+    """
     special = load_package("scipy.special", "an interval from Student's t", "study")
-    return float(special.stdtrit(degrees, 0.975))
+    return float(special.stdtrit(degrees, 1 - 0.025 / comparisons))
 
 
 def pool_means(
@@ -232,6 +241,8 @@ def _between_runs(table: Array) -> float:
     return float(table.mean(1).var(ddof=1)) / len(table) if len(table) > 1 else 0.0
 
 
-def _critical(total: float, between: float, runs: int) -> float:
+def _critical(total: float, between: float, runs: int, comparisons: int = 1) -> float:
     """Return Student's t for a variance that is partly estimated between runs."""
-    return Z if between <= 1e-9 * total else t_critical((runs - 1) * (total / between) ** 2)
+    if between > 1e-9 * total:
+        return t_critical((runs - 1) * (total / between) ** 2, comparisons)
+    return Z if comparisons == 1 else t_critical(math.inf, comparisons)

@@ -1,7 +1,8 @@
 """Registry of the figures: their names, modules, recorded tables, and the commands that make these.
 
-A figure is a module of `figures.study`, `figures.paper` or `figures.runs` with `COLUMNS` (the
-columns it reads), `CAPTION`, and `draw(table)`. A figure of run folders also has `collect(runs)`.
+A figure is a module of `figures.study`, `figures.paper`, `figures.runs` or `figures.regimes` with
+`COLUMNS` (the columns it reads), `CAPTION`, and `draw(table)`. A figure of run folders also has
+`collect(runs)`.
 """
 
 from importlib import import_module
@@ -19,16 +20,19 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 DATA = recorded_data()
-FIGURE_PACKAGES = ("study", "paper", "runs")
+FIGURE_PACKAGES = ("study", "paper", "runs", "regimes")
 PAPER_FIGURES = (
     *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
     *("comparison", "agents"),
 )
 """Figures that correspond to figures and tables of the paper."""
+MAP_FIGURES = ("dose", "mask_gain", "regime_curves", "regime_map", "support_variants")
+"""Figures of the map of methods, which share a table."""
 RUN_FIGURES = (
     *PAPER_FIGURES[1:],
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
     *("sampler", "signal_loss", "tokenizer", "warning", "views", "controls"),
+    *MAP_FIGURES,
 )
 """Figures of run folders; they build their table with `collect(runs)`."""
 TABLE_NAMES = {
@@ -36,6 +40,7 @@ TABLE_NAMES = {
     "warning": "early_warning",
     **dict.fromkeys(("dynamics", "ablations", "multitask"), "paper_steps"),
     "comparison": "paper_evaluations",
+    **dict.fromkeys(MAP_FIGURES, "regimes"),
 }
 """Table of every figure whose table is not named after it."""
 
@@ -93,6 +98,8 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     if name in ("views", "controls"):
         update = update.format(runs=f"results/paper/{name}/*")
         return [f"opd paper --groups {name}", update]
+    if name in MAP_FIGURES:
+        return ["opd map", update.format(runs="results/map/runs/*/*")]
     if name in RUN_FIGURES:
         record_path = table_path(name).with_suffix(".json")
         if runs is None and record_path.exists():

@@ -41,6 +41,9 @@ NON_METHOD_SETTINGS = frozenset(
 )
 """Settings that may differ between seeds of a method: noise, paths, hardware, log intervals."""
 
+EVALUATED_ON = "evaluated on"
+"""Name of the difference between runs that were evaluated on different problems."""
+
 
 def group_by_method(runs: list[Path]) -> dict[str, list[Path]]:
     """Group run folders by method.
@@ -92,7 +95,7 @@ def differing_settings(runs: list[Path]) -> dict[str, list[str]]:
             for text, value in zip(names, values, strict=True)
         ]
     for task in sorted({task for run in runs for task in evaluated_problems(run)}):
-        texts_by_name[f"evaluated on{' ' + task if task else ''}"] = [
+        texts_by_name[f"{EVALUATED_ON}{' ' + task if task else ''}"] = [
             evaluated_problems(run).get(task, "nothing") for run in runs
         ]
     seeds = [config.get("seed") for config in configs]

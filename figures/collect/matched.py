@@ -14,6 +14,7 @@ from diagnostics.records import run_tables
 from diagnostics.records.rows import Row
 from diagnostics.records.run_cost import response_tokens
 from diagnostics.records.run_folder import RunFolder
+from diagnostics.records.run_groups import EVALUATED_ON
 from figures.collect.paired import accuracy_interval, outcome_matrix
 from figures.collect.steps import EVALUATION_COLUMNS, check_same_problems, label_runs
 
@@ -28,11 +29,13 @@ COLLAPSE_SHARE = 0.5
 """A run collapses if an evaluation falls below this share of its best earlier one."""
 
 
-def matched_table(runs: list[Path]) -> pd.DataFrame:
+def matched_table(runs: list[Path], varying: frozenset[str] = VARYING_SETTINGS) -> pd.DataFrame:
     """Build the table of evaluations of runs, each with the cost of the steps before it.
 
     Args:
         runs: Run folders.
+        varying: Settings that differ between the seeds of a method by design; with EVALUATED_ON,
+            each seed has problems of its own, which all its methods share.
 
     Returns:
         A table with MATCHED_COLUMNS, one row an evaluation: `tokens` and `seconds` are the response
@@ -43,7 +46,8 @@ def matched_table(runs: list[Path]) -> pd.DataFrame:
         InvalidInput: Runs of one group and task were evaluated on different problems.
     """
     evaluations = run_tables.evaluations_table(runs)
-    check_same_problems(label_runs(evaluations, runs, VARYING_SETTINGS), runs, ["group", "task"])
+    keys = ["group", *(["seed"] if EVALUATED_ON in varying else []), "task"]
+    check_same_problems(label_runs(evaluations, runs, varying), runs, keys)
     parts = []
     for number, run in enumerate(runs):
         rows = RunFolder(run).rows()
@@ -54,7 +58,7 @@ def matched_table(runs: list[Path]) -> pd.DataFrame:
         part["alarm"] = alarms[0].rule.name if alarms else ""
         part["alarm_step"] = float(alarms[0].step) if alarms else np.nan
         parts.append(part)
-    table = label_runs(pd.concat(parts, ignore_index=True), runs, VARYING_SETTINGS)
+    table = label_runs(pd.concat(parts, ignore_index=True), runs, varying)
     return table[list(MATCHED_COLUMNS)]
 
 

@@ -2,8 +2,8 @@
 
 The student is SmolLM2-135M-Instruct itself, the teacher the same weights after they were taught
 word problems. Both methods of the paper's main comparison train it on its own responses. The seed
-is that of prompts and sampling; the models are the same in every cell. Settings were chosen on the
-validation problems, and runs are evaluated on those of test.jsonl, before and after.
+is that of prompts and sampling; the models are the same in every cell. Settings are not tuned; runs
+are evaluated on the problems of test.jsonl, before and after.
 """
 
 from pathlib import Path

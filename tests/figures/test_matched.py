@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records import rows
 from figures import style
 from figures.claims.matched_measures import (
     collapse_of,
@@ -19,6 +18,7 @@ from figures.claims.matched_measures import (
 from figures.claims.measures import Tables
 from figures.collect.matched import collapsed_seeds, matched_table
 from figures.paper import controls, views
+from tests.helpers.written_runs import write_run
 
 SECONDS = {"on_policy_topk": 4.0, "sft": 1.0}
 """Seconds of a step; half of it is generation."""
@@ -28,27 +28,6 @@ OUTCOMES = {
     ("sft", 0): {0: "0001", 2: "0001", 4: "0001", 8: "0011"},
     ("sft", 1): {0: "0000", 2: "0001", 4: "0011", 8: "0011"},
 }
-
-
-def write_run(
-    folder: Path, outcomes: dict[int, str], *, seed: int, seconds: float, truncated_from: int = 99
-) -> Path:
-    """Write a run whose steps take `seconds` and have ten tokens more than the previous one."""
-    folder.mkdir(parents=True)
-    settings = {"seed": seed, "student": f"student-{seed}", "objective": folder.name[:-2]}
-    (folder / "config.json").write_text(json.dumps(settings))
-    for step in range(max(outcomes)):
-        tokens = 100 + 10 * step
-        parts = {"rollout": seconds / 2, "score": seconds / 4, "update": seconds / 4, "record": 1.0}
-        row = {f"seconds/{name}": value for name, value in parts.items()}
-        row["machine/tokens_per_second"] = tokens / (seconds + 1.0)
-        row["response/truncated_share"] = float(step >= truncated_from)
-        rows.append_row(folder / "rows.jsonl", {"step": step, **row})
-    for step, text in outcomes.items():
-        share = text.count("1") / len(text)
-        row = {"step": step, "accuracy": share, "outcomes": text, "problem_set": "p"}
-        rows.append_row(folder / "evals.jsonl", row)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ LEVELS = {
     ),
     "figures": (
         {"style", "labels", "registry", "collect"},
-        {"study", "runs", "claims"},
+        {"study", "runs", "claims", "regimes"},
         {"paper"},
         {"__main__"},
     ),

@@ -8,13 +8,14 @@ from figures.claims.measures import (
     score_vanishes,
     smaller_mean,
 )
+from figures.claims.regime_measures import higher_gain
 
 ABLATIONS = (
     Claim(
         "Nucleus rollouts help sampled tokens (21.6 against 20.4)",
         "table 3",
-        "comparison",
-        higher_accuracy("sampled_top_p", "sampled"),
+        "dose",
+        higher_gain("sampled_top_p", "sampled"),
     ),
     Claim(
         "Nucleus rollouts help sampled tokens with a mask, which prevents a fall to 0 (our claim)",
@@ -25,14 +26,14 @@ ABLATIONS = (
     Claim(
         "Nucleus rollouts help local support (23.6 against 17.7)",
         "table 3",
-        "comparison",
-        higher_accuracy("lsm", "lsm_whole"),
+        "dose",
+        higher_gain("lsm", "lsm_whole"),
     ),
     Claim(
         "With nucleus rollouts local support beats sampled tokens (23.6 against 21.6)",
         "table 3",
-        "comparison",
-        higher_accuracy("lsm", "sampled_top_p"),
+        "dose",
+        higher_gain("lsm", "sampled_top_p"),
     ),
     Claim(
         "With nucleus rollouts local support beats sampled tokens, both with a mask (our claim)",
@@ -43,8 +44,8 @@ ABLATIONS = (
     Claim(
         "At top-p 1 local support falls behind sampled tokens (17.7 against 20.4)",
         "table 3",
-        "comparison",
-        higher_accuracy("sampled", "lsm_whole"),
+        "dose",
+        higher_gain("sampled", "lsm_whole"),
     ),
     Claim("Without renormalisation the entropy explodes", "figure 6a", "ablations", entropy_grows),
     Claim(
