@@ -50,6 +50,8 @@ PANELS = {
     "References": ("full_kl", "sft", "offline_kl"),
 }
 """Title of a panel to its methods."""
+SHIFTS = {"Additions": 0.12}
+"""Title of a panel to the share by which the bars of each method are moved beyond the last ones."""
 LINEAR_UP_TO = 1e-3
 """Share of foreign tokens below which the axis is linear, so that it has a 0."""
 
@@ -69,9 +71,10 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     regimes = regimes_of(table, FAMILY)
     for ax, (title, methods) in zip(axes, panels.items(), strict=True):
         results = summarize_regimes(table, regimes, methods)
-        for method, rows_of_method in results.groupby("method", sort=False):
+        shift = SHIFTS.get(title, 0.0)
+        for number, (method, rows_of_method) in enumerate(results.groupby("method", sort=False)):
             color, dash, mark = STYLES[str(method)]
-            draw_dose(ax, rows_of_method, color=color, ls=dash, marker=mark)
+            draw_dose(ax, rows_of_method, shift * number, color=color, ls=dash, marker=mark)
         set_density_axis(ax)
         ax.set(title=title)
     limits = [ax.get_ylim() for ax in axes]
