@@ -150,9 +150,12 @@ print(json.dumps({
 """
 
 
-def plain_model(tiny_pair: Any, folder: Path) -> Path:
-    """Copy a model without its generation config, of which Inspect cannot change everything."""
-    shutil.copytree(tiny_pair[0], folder)
+def plain_model(two_layer_pair: Any, folder: Path) -> Path:
+    """Copy a model without its generation config, of which Inspect cannot change everything.
+
+    It writes no padding token within a response, which harnesses would drop.
+    """
+    shutil.copytree(two_layer_pair[0], folder)
     tokenizer = make_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(ends))
@@ -167,10 +170,10 @@ def write_problems(path: Path, prompts: list[str], answers: list[str]) -> None:
 @pytest.mark.harness
 @pytest.mark.parametrize(("harness", "code"), [("lm-eval", LM_EVAL), ("inspect", INSPECT)])
 def test_the_harness_reads_writes_and_grades_as_we_do(
-    tiny_pair: Any, tmp_path: Path, harness: str, code: str
+    two_layer_pair: Any, tmp_path: Path, harness: str, code: str
 ) -> None:
     """The answers of every other problem are what the untrained model writes."""
-    model, source = plain_model(tiny_pair, tmp_path / "final"), tmp_path / "problems.jsonl"
+    model, source = plain_model(two_layer_pair, tmp_path / "final"), tmp_path / "problems.jsonl"
     out, responses = tmp_path / "out.json", tmp_path / "responses.jsonl"
     words = [str(model), "--device", "cpu", "--eval-temperature", "0", "--max-response", "24"]
     words += ["--eval-task", str(source), "--responses", str(responses), "--out", str(out)]
