@@ -241,9 +241,12 @@ def forecast_collapse(
     bank_x = model.scaling.standardise(model.bank.features)
     k = COLLAPSE_VARIANCE * covariance("linear", x, method, bank_x, model.bank.method)
     log_odds = k @ model.gradient
-    own = COLLAPSE_VARIANCE * (MEAN_VARIANCE + 2 + 2 * np.square(x).sum(1) / max(1, x.shape[1]))
+    prior_variance = COLLAPSE_VARIANCE * (
+        MEAN_VARIANCE + 2 + 2 * np.square(x).sum(1) / max(1, x.shape[1])
+    )
     weighted = (k * model.root).T
-    variance = np.maximum(own - (weighted * model.inverse.times(weighted)).sum(0), 0.0)
+    explained = (weighted * model.inverse.times(weighted)).sum(0)
+    variance = np.maximum(prior_variance - explained, 0.0)
     spread = NORMAL_QUANTILE * np.sqrt(variance)
     mean = log_odds / np.sqrt(1 + math.pi * variance / 8)
     probability, low, high = (

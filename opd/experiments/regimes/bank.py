@@ -33,7 +33,7 @@ def write_bank(folder: MapFolder, cells: Sequence[Cell], path: Path) -> int:
     Raises:
         InvalidInput: No cell is finished.
     """
-    rows = [bank_row(folder, cell) for cell in cells if (folder.run(cell) / "final").exists()]
+    rows = [bank_row(folder, cell) for cell in cells if folder.is_finished(cell)]
     if not rows:
         raise InvalidInput(f"{folder.root} has no finished run of these cells")
     text = io.StringIO()

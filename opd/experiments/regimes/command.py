@@ -115,7 +115,8 @@ def main(argv: list[str]) -> None:
             finals = [(folder, cell, settings) for cell in cells]
             run_all("evaluations of runs", evaluate_cell, finals, options)
     finally:
-        if options.bank is not None:
+        # where every run failed, there is no bank, and the failure is what matters
+        if options.bank is not None and any(folder.is_finished(cell) for cell in cells):
             count = write_bank(folder, cells, options.bank)
             print(f"{options.bank}: {count} runs")
 

@@ -48,6 +48,10 @@ class MapFolder:
         """Return the run folder of a cell."""
         return self.root / "runs" / cell.regime / f"{cell.method}-{cell.pair}"
 
+    def is_finished(self, cell: Cell) -> bool:
+        """Return whether the run of a cell has a final model."""
+        return (self.run(cell) / "final").exists()
+
     def record(self, regime: str, seed: int) -> dict[str, Any]:
         """Return what pair.json of a pair holds."""
         record: dict[str, Any] = json.loads((self.pair(regime, seed) / "pair.json").read_text())
