@@ -2,13 +2,13 @@
 
 import gc
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
-from opd.lab.build import make_tokenizer
+from opd.cli.main import GARBAGE_THRESHOLDS
 from tests.helpers.warm_process import skip_file_sync
 
 pytest_plugins = ["pytester"]
@@ -180,7 +180,10 @@ def two_layer_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 
 def save_random_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     """Save two random models; the student's generation config is hostile on purpose."""
+    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from opd.lab.build import make_tokenizer
 
     for seed, name in enumerate(("student", "teacher")):
         with torch.random.fork_rng(devices=[]):
@@ -205,10 +208,16 @@ def save_random_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     return folder / "student", folder / "teacher"
 
 
-def pytest_collection_finish() -> None:
-    """Exempt what is imported from garbage collection, which otherwise goes through it often."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Search for no garbage while modules are imported, and never in what they have made."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tests.helpers.paths import ROOT
 
+NO_SEARCHES = "import gc; gc.disable()\n"
+"""Imports would search all that they have made for garbage, and forks copy what they search."""
 RUN_FORKS = """
 import json, os, sys, tempfile, traceback
 
@@ -62,7 +64,8 @@ def run_programs(preparation: str, programs: Sequence[str]) -> dict[str, Ended]:
     Returns:
         Program -> its result.
     """
-    line = [sys.executable, "-c", preparation + RUN_FORKS, json.dumps(list(programs))]
+    source = NO_SEARCHES + preparation + RUN_FORKS
+    line = [sys.executable, "-c", source, json.dumps(list(programs))]
     result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=ROOT)
     endings = (Ended(*x) for x in json.loads(result.stdout))
     return dict(zip(programs, endings, strict=True))

@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-"""One server for each worker of pytest; it imports the modules below when it is first used."""
-CONTEXT.set_forkserver_preload(
-    [
-        "opd.training.train",
-        "opd.teachers.factory",
-        "transformers.models.qwen2.modeling_qwen2",
-        "diagnostics.monitor",
-    ]
-)
+"""One server for each worker of pytest; it imports the module below when it is first used."""
+CONTEXT.set_forkserver_preload(["tests.helpers.warm_imports"])
 
 
 @dataclass
