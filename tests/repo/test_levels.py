@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,13 @@ def package_modules(package: str) -> dict[str, Path]:
 MODULES = {name: path for package in PACKAGES for name, path in package_modules(package).items()}
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Yield the modules of ours that a file imports anywhere, `from folder import module` too."""
+@cache
+def imported_modules(path: Path) -> list[str]:
+    """Return the modules of ours that a file imports anywhere, `from folder import module` too."""
+    return list(read_imports(path))
+
+
+def read_imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)

@@ -103,7 +103,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     env, folder = repository / "env", repository / "work"
     venv.create(env, symlinks=True)
     (packages,) = env.glob("lib/python*/site-packages")
-    pip = ("-m", "pip", "--python", str(env), "install", "--no-deps", "--no-index", str(wheel))
+    # the programs below compile what they import, a small part of the packages
+    options = ("--no-deps", "--no-index", "--no-compile")
+    pip = ("-m", "pip", "--python", str(env), "install", *options, str(wheel))
     subprocess.run([sys.executable, *pip], capture_output=True, check=True)
     # the requirements are those of the running environment, whose own .pth files do not count here
     (packages / "requirements.pth").write_text(

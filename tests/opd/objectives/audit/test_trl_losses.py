@@ -1,14 +1,14 @@
 """The losses of TRL's trainers as the audit calls them: their targets, values by hand, settings."""
 
-import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.errors import InvalidInput
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.objectives.audit.faults import (
     factors_of,
     non_finite,
@@ -23,7 +23,7 @@ from opd.objectives.audit.structure import find_structure
 from opd.objectives.audit.world_set import make_worlds
 from opd.objectives.audit.worlds import make_batch
 from opd.objectives.user_loss import UserLoss
-from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import run_process
 
 LN2, LN3 = float(torch.tensor(2.0).log()), float(torch.tensor(3.0).log())
 TWO_TOKENS = torch.tensor([[0, 1, 0], [2, 0, 1], [1, 0, 0]])
@@ -316,14 +316,17 @@ def test_wrong_settings_are_refused(target: str, message: str) -> None:
         load_loss(f"trl:{target}")
 
 
-def test_a_missing_trl_names_the_extra() -> None:
-    program = (
-        "import sys; sys.modules['trl'] = None\n"
-        "from diagnostics.errors import MissingPackage\n"
-        "from opd.objectives.audit.named import load_loss\n"
-        "try: load_loss('trl:GRPO')\n"
-        "except MissingPackage as error: print(error)"
-    )
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "auditing a loss of TRL needs trl: pip install 'opdlab[trl]'"
+def load_without_trl() -> None:
+    """Print why a loss of TRL cannot be loaded, in a process that has not imported TRL."""
+    sys.modules["trl"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        load_loss("trl:GRPO")
+    except MissingPackage as error:
+        print(error)
+
+
+def test_a_missing_trl_names_the_extra(tmp_path: Path) -> None:
+    ended = run_process(tmp_path, load_without_trl)
+    assert ended.exit_code == 0, ended.stderr
+    message = "auditing a loss of TRL needs trl: pip install 'opdlab[trl]'"
+    assert ended.stdout.strip() == message

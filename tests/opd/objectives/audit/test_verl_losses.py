@@ -1,15 +1,15 @@
 """The losses of verl as the audit calls them: their targets, values by hand, settings."""
 
 import math
-import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.errors import InvalidInput
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.objectives.audit.faults import factors_of, sample_batch, world_mean
 from opd.objectives.audit.gradients import loss_gradients
 from opd.objectives.audit.matching import find_target
@@ -18,7 +18,7 @@ from opd.objectives.audit.structure import find_structure
 from opd.objectives.audit.world_set import make_worlds
 from opd.objectives.audit.worlds import make_batch
 from opd.objectives.user_loss import UserLoss
-from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import run_process
 
 LN2 = math.log(2)
 NO_REWARD = "vanilla,adv_estimator=none,use_kl_loss=true,kl_loss_coef=1,kl_loss_type"
@@ -389,14 +389,16 @@ def test_wrong_settings_are_refused(target: str, message: str) -> None:
         load_loss(f"verl:{target}")
 
 
-def test_a_missing_verl_says_how_to_install_it() -> None:
-    program = (
-        "import sys; sys.modules['verl'] = None\n"
-        "from diagnostics.errors import MissingPackage\n"
-        "from opd.objectives.audit.named import load_loss\n"
-        "try: load_loss('verl:k2')\n"
-        "except MissingPackage as error: print(error)"
-    )
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "pip install 'verl==0.9.1' in an environment of your own" in run.stdout
+def load_without_verl() -> None:
+    """Print why a loss of verl cannot be loaded, in a process that has not imported verl."""
+    sys.modules["verl"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        load_loss("verl:k2")
+    except MissingPackage as error:
+        print(error)
+
+
+def test_a_missing_verl_says_how_to_install_it(tmp_path: Path) -> None:
+    ended = run_process(tmp_path, load_without_verl)
+    assert ended.exit_code == 0, ended.stderr
+    assert "pip install 'verl==0.9.1' in an environment of your own" in ended.stdout
