@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
 from diagnostics.stats import bootstrap_interval
@@ -43,11 +44,7 @@ def interval(
         ValueError: If two rows have the same unit and key.
         InvalidInput: If a unit lacks a key.
     """
-    keyed = rows.assign(**{k: rows.get(k, np.nan) for k in keys})
-    keyed[list(keys)] = keyed[list(keys)].astype(object).where(keyed[list(keys)].notna(), "")
-    # unstack raises on two rows of one unit and key: that is a bug upstream and is not averaged
-    wide = keyed.set_index([unit, *keys])[name].unstack(list(keys), sort=False)
-    values = wide.to_numpy(dtype=np.float64)
+    values, columns = unit_table(rows, name, keys, unit)
     if np.isnan(values).any():
         num_missing = int(np.isnan(values).sum())
         raise InvalidInput(
@@ -55,10 +52,46 @@ def interval(
         )
     generator = np.random.default_rng(SEED)
     low, high = bootstrap_interval(values, lambda x: statistic(x, axis=0), generator)
-    table = wide.columns.to_frame(index=False).replace("", np.nan)
-    return table.assign(
+    table = pd.DataFrame(columns, columns=list(keys), dtype=object)
+    return table.fillna(np.nan).assign(
         quantity=name, value=statistic(values, axis=0), low=low, high=high, worlds=len(values)
     )
+
+
+def unit_table(
+    rows: pd.DataFrame, name: str, keys: Sequence[str], unit: str
+) -> tuple[NDArray[np.float64], list[tuple[Any, ...]]]:
+    """Arrange measurements by unit and key, both in the order of their first row.
+
+    Args:
+        rows: Measurements.
+        name: Column of the values.
+        keys: Columns that identify a column of the table; None stands for a value that is missing.
+        unit: Column of the repetition.
+
+    Returns:
+        (units, keys) values, NaN where there is none, and the keys of each column.
+
+    Raises:
+        ValueError: If two rows have the same unit and key: a bug upstream that is not averaged.
+    """
+    absent = [None] * len(rows)
+    key_columns = [
+        rows[k].astype(object).where(rows[k].notna(), None).tolist() if k in rows else absent
+        for k in keys
+    ]
+    units: dict[Any, int] = {}
+    columns: dict[tuple[Any, ...], int] = {}
+    cells: dict[tuple[int, int], float] = {}
+    for row_unit, value, *key in zip(rows[unit], rows[name], *key_columns, strict=True):
+        column = columns.setdefault(tuple(key), len(columns))
+        cell = units.setdefault(row_unit, len(units)), column
+        if cell in cells:
+            raise ValueError(f"{name}: duplicate measurements of {unit} {row_unit} and {key}")
+        cells[cell] = value
+    values = np.full((len(units), len(columns)), np.nan)
+    values[tuple(np.array(list(cells)).T)] = list(cells.values())
+    return values, list(columns)
 
 
 def slopes(rows: pd.DataFrame, y: str, x: str, keys: Sequence[str]) -> pd.DataFrame:
