@@ -32,10 +32,12 @@ IDS = pair_ids(TOKENIZER)
 Write = Callable[[str, random.Random, PairKnobs, PairIds], list[TrainingToken]]
 
 
-def responses(write: Write, knobs: PairKnobs) -> list[tuple[str, list[TrainingToken]]]:
+def responses(
+    write: Write, knobs: PairKnobs, count: int = NUM_RESPONSES
+) -> list[tuple[str, list[TrainingToken]]]:
     """Write responses to problems that are drawn from all of a pair's."""
     generator = random.Random(0)
-    prompts = generator.choices(all_prompts(step_range(knobs.response_tokens)), k=NUM_RESPONSES)
+    prompts = generator.choices(all_prompts(step_range(knobs.response_tokens)), k=count)
     return [(prompt, write(prompt, generator, knobs, IDS)) for prompt in prompts]
 
 
@@ -97,7 +99,7 @@ def test_certain_tags_stand_at_the_start_then_the_end_then_between() -> None:
         assert sum(tag_probabilities(3.2, num_places)) == pytest.approx(3.2)
     knobs = PairKnobs(foreign_tags=2.0, student_errors=0.0, own_tag_share=1.0)
     start, end = IDS.pieces["<think>"], IDS.pieces["</think>"]
-    for _, tokens in responses(write_student, knobs)[:100]:
+    for _, tokens in responses(write_student, knobs, 100):
         ids = tuple(token.token for token in tokens)
         assert ids[:4] == (start, *IDS.spelled)
         assert ids[ids.index(end) - 3 : ids.index(end)] == IDS.spelled
@@ -106,7 +108,7 @@ def test_certain_tags_stand_at_the_start_then_the_end_then_between() -> None:
 def test_a_response_without_its_tags_is_the_solution() -> None:
     knobs = PairKnobs(foreign_tags=4.0, student_errors=0.0)
     for write in (write_student, write_teacher):
-        for prompt, tokens in responses(write, knobs)[:200]:
+        for prompt, tokens in responses(write, knobs, 200):
             ids = strip_tags(tokens)[0]
             assert TOKENIZER.decode(ids) == solve(prompt)[1] + "<|im_end|>"
 
@@ -117,7 +119,7 @@ def test_each_model_writes_its_own_form(speller: str) -> None:
     forms = Counter(f for _, x in responses(write_student, knobs) for f in strip_tags(x)[1])
     own = "spelled" if speller == "student" else "token"
     assert abs(forms[own] / forms.total() - 0.9) < share_error(0.9, forms.total())
-    for _, tokens in responses(write_student, knobs)[:200]:
+    for _, tokens in responses(write_student, knobs, 200):
         assert all(x.label == x.token and x.foreign == -1 for x in tokens)
     teacher_texts = [tokens for _, tokens in responses(write_teacher, knobs)]
     forms = Counter(f for x in teacher_texts for f in strip_tags(x)[1])
