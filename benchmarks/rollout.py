@@ -4,10 +4,11 @@
 
 The reference is the loop of TRL-style trainers: one `generate` call with sampling, temperature,
 top-p and the default dynamic cache. It returns no log-probabilities; the engines return both.
-Random weights, prompts of different lengths, and an EOS id that is never sampled, so that all
-produce the same number of tokens. Engines alternate; medians of `--repeats` after a first call that
-compiles. On a CPU: one thread and CPU seconds, which do not include other processes, so vLLM is
-timed on GPUs only.
+Random weights and prompts of different lengths. In the first table an EOS id is never sampled, so
+that all responses have the same length; in the second, one id in ENDS_EVERY ends a response, so
+that lengths are uneven, and only tokens up to the end are counted. Engines alternate; medians of
+`--repeats` after a first call that compiles. On a CPU: one thread and CPU seconds, which do not
+include other processes, so vLLM is timed on GPUs only.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import transformers
 from opd.data.prompts import Prompts
 from opd.lab.build import make_tokenizer
 from opd.models.model import CausalLM
+from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.factory import make_engine
 from opd.teachers.pair import load_pair
 
@@ -33,6 +35,8 @@ ON_CPU = {
 }
 """Name to (layers, width, vocabulary, rows, longest prompt, response)."""
 ON_GPU = {"24 layers, 896 wide (0.5B)": (24, 896, 151936, 128, 128, 256)}
+ENDS_EVERY = 24
+"""Every so many ids one is an EOS id in the second table."""
 Shape = tuple[int, int, int, int, int, int]
 
 
@@ -71,7 +75,9 @@ def make_prompts(shape: Shape) -> Prompts:
     return Prompts(tokens=tokens, mask=mask, index=torch.arange(rows), answers=[""] * rows)
 
 
-def generate_runner(model: CausalLM, prompts: Prompts, response: int) -> Callable[[int], int]:
+def generate_runner(
+    model: CausalLM, prompts: Prompts, response: int, eos: list[int]
+) -> Callable[[int], int]:
     """Return a function that samples with `generate` and returns the number of tokens."""
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -79,26 +85,26 @@ def generate_runner(model: CausalLM, prompts: Prompts, response: int) -> Callabl
         top_p=TOP_P,
         top_k=0,
         max_new_tokens=response,
-        pad_token_id=0,
+        eos_token_id=eos,
+        pad_token_id=eos[0],
     )
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
         network, device = model.network, model.device
-        network.generation_config.eos_token_id = None
         with torch.no_grad():
             out = network.generate(
                 inputs=prompts.tokens.to(device),
                 attention_mask=prompts.mask.long().to(device),
                 generation_config=settings,
             )
-        return (out.shape[1] - prompts.tokens.shape[1]) * len(out)
+        return int(mask_until_eos(out[:, prompts.tokens.shape[1] :], eos)[0].sum())
 
     return run
 
 
 def engine_runner(
-    name: str, model: CausalLM, prompts: Prompts, response: int, unused_eos: int
+    name: str, model: CausalLM, prompts: Prompts, response: int, eos: list[int]
 ) -> Callable[[int], int]:
     """Return a function that samples with an engine and returns the number of tokens."""
     longest = prompts.tokens.shape[1] + response
@@ -107,7 +113,7 @@ def engine_runner(
     def run(seed: int) -> int:
         batch = engine.sample(
             prompts,
-            [unused_eos],
+            eos,
             max_response=response,
             temperature=TEMPERATURE,
             top_p=TOP_P,
@@ -145,24 +151,27 @@ def main() -> None:
         f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    for label, shape in (ON_GPU if args.device == "cuda" else ON_CPU).items():
-        model, prompts, response, unused_eos = (
-            make_model(shape, args.device),
-            make_prompts(shape),
-            shape[5],
-            shape[2],
-        )
-        runs = {"generate": generate_runner(model, prompts, response)}
-        runs |= {n: engine_runner(n, model, prompts, response, unused_eos) for n in args.engines}
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        for seed in range(args.repeats + 1):
-            for name, run in runs.items():
-                rates[name].append(tokens_per_second(run, seed, args.device))
-        middle = {n: sorted(x[1:])[args.repeats // 2] for n, x in rates.items()}
-        print(f"{label}, V = {shape[2]}, {shape[3]} rows, {shape[4]} + {response} tokens")
-        for name, value in middle.items():
-            ratio = value / middle["generate"]
-            print(f"  {name:10s} {value:10.0f} tokens/s   ratio {ratio:.2f}")
+    for ends_every in (0, ENDS_EVERY):
+        print("uneven lengths" if ends_every else "equal lengths")
+        for label, shape in (ON_GPU if args.device == "cuda" else ON_CPU).items():
+            eos = list(range(0, shape[2], ends_every)) if ends_every else [shape[2]]
+            compare(label, shape, eos, args)
+
+
+def compare(label: str, shape: Shape, eos: list[int], args: argparse.Namespace) -> None:
+    """Time all engines on one model, and print their rates."""
+    model, prompts, response = make_model(shape, args.device), make_prompts(shape), shape[5]
+    runs = {"generate": generate_runner(model, prompts, response, eos)}
+    runs |= {n: engine_runner(n, model, prompts, response, eos) for n in args.engines}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for seed in range(args.repeats + 1):
+        for name, run in runs.items():
+            rates[name].append(tokens_per_second(run, seed, args.device))
+    middle = {n: sorted(x[1:])[args.repeats // 2] for n, x in rates.items()}
+    print(f"{label}, V = {shape[2]}, {shape[3]} rows, {shape[4]} + {response} tokens")
+    for name, value in middle.items():
+        ratio = value / middle["generate"]
+        print(f"  {name:10s} {value:10.0f} tokens/s   ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rollouts with Hugging Face `generate`, with reproducible sampling.
+"""Rollouts with the student's own weights in this process, with reproducible sampling.
 
 Shapes: B responses, T response positions, P prompt positions, V shared vocabulary.
 
@@ -10,8 +10,6 @@ read nor written.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +21,15 @@ from opd.data.prompts import Prompts
 from opd.models.contexts import evaluation_mode
 from opd.models.model import CausalLM, base_model
 from opd.rollouts.base import BatchSlice
+from opd.rollouts.decoding import (
+    can_select_rows,
+    decode,
+    decode_with_generate,
+    default_generation_config,
+)
 from opd.rollouts.sampler import Sampler
 
 GENERATION_BATCH_SIZE = 256
-# On CUDA each new shape (rows, cache length) is compiled: round both up, so that few occur.
-ROW_BUCKET, WIDTH_BUCKET = 16, 64
 
 
 class HfEngine:
@@ -125,10 +127,7 @@ def sample(
     with default_generation_config(model.network), evaluation_mode(model.network):
         for rows in group_by_length(prompts, generation_batch_size):
             sampler = Sampler(model.vocabulary, temperature, top_p, noise[rows].to(model.device))
-            group = prompts.rows(rows)
-            parts.append(
-                generate_responses(model, group, eos, sampler, static=cache_kind == "static")
-            )
+            parts.append(decode_group(model, prompts.rows(rows), eos, sampler, cache_kind))
             order += rows
     columns: dict[str, Any] = concatenate_columns(
         parts, torch.tensor(order).argsort().to(model.device)
@@ -136,6 +135,38 @@ def sample(
     return Rollouts(
         **columns, prompt=prompts.index.to(model.device), temperature=temperature, top_p=top_p
     )
+
+
+def decode_group(
+    model: CausalLM, prompts: Prompts, eos: list[int], sampler: Sampler, cache_kind: str
+) -> dict[str, Tensor]:
+    """Decode prompts at once.
+
+    Args:
+        model: The model to sample from.
+        prompts: Prompts of the group.
+        eos: Ids that end a response.
+        sampler: Samples the tokens; new, with the noise of these rows.
+        cache_kind: "static" or "dynamic".
+
+    Returns:
+        Columns of `Rollouts`.
+
+    Raises:
+        InvalidInput: Logits were not finite.
+        torch.OutOfMemoryError: names the rows and positions that did not fit.
+    """
+    try:
+        if cache_kind == "dynamic" and can_select_rows(base_model(model.network)):
+            return decode(model, prompts, eos, sampler)
+        static = cache_kind == "static"
+        return decode_with_generate(model, prompts, eos, sampler, static=static)
+    except torch.OutOfMemoryError as error:
+        num_rows, max_response = sampler.noise.shape
+        raise torch.OutOfMemoryError(
+            f"out of memory while sampling {num_rows} rows of {prompts.tokens.shape[1]} prompt and "
+            f"{max_response} response tokens; set generation_batch_size below {num_rows}"
+        ) from error
 
 
 def group_by_length(prompts: Prompts, generation_batch_size: int) -> list[list[int]]:
@@ -152,79 +183,6 @@ def group_by_length(prompts: Prompts, generation_batch_size: int) -> list[list[i
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     size = math.ceil(len(order) / math.ceil(len(order) / generation_batch_size))
     return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def generate_responses(
-    model: CausalLM, prompts: Prompts, eos: list[int], sampler: Sampler, *, static: bool
-) -> dict[str, Tensor]:
-    """Run one `generate` call.
-
-    Args:
-        model: The model to sample from.
-        prompts: Prompts of the group.
-        eos: Ids that end a response.
-        sampler: Samples the tokens; new, with the noise of these rows.
-        static: Use a static cache, with shapes padded to bucket sizes.
-
-    Returns:
-        Columns of `Rollouts`.
-
-    Raises:
-        torch.OutOfMemoryError: names the rows and positions that did not fit.
-    """
-    from transformers import GenerationConfig
-
-    num_rows, max_response = sampler.noise.shape
-    ids, mask = prompts.tokens, prompts.mask
-    if static:
-        ids, mask = pad_to_bucket(ids, mask)
-    settings = GenerationConfig(
-        do_sample=False,  # argmax of the sampler's one-hot scores
-        max_new_tokens=max_response,
-        eos_token_id=eos,
-        pad_token_id=eos[0],
-        cache_implementation="static" if static else None,
-    )
-    try:
-        output_ids = base_model(model.network).generate(
-            inputs=ids.to(model.device),
-            attention_mask=mask.long().to(model.device),
-            generation_config=settings,
-            logits_processor=[sampler],
-            stopping_criteria=[lambda x, _: torch.arange(len(x), device=x.device) >= num_rows],
-            synced_gpus=False,  # every rank has unsharded weights and its own number of calls
-        )
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"out of memory while sampling {len(ids)} rows of {ids.shape[1]} prompt and "
-            f"{max_response} response tokens; set generation_batch_size below {num_rows}"
-        ) from error
-    sampler.check()
-    response = output_ids[:num_rows, ids.shape[1] :]
-    mask, ended = mask_until_eos(response, eos)
-    columns = {"tokens": torch.where(mask, response, 0), "mask": mask, "ended": ended}
-    for name in ("sampler_logp", "softmax_logp"):
-        logp = torch.stack(getattr(sampler, name)[: response.shape[1]], 1)
-        columns[name] = torch.where(mask, logp, 0.0)
-    return columns
-
-
-def pad_to_bucket(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad prompts to multiples of the bucket sizes.
-
-    Args:
-        tokens: (B, P) prompt ids.
-        mask: (B, P) bool.
-
-    Returns:
-        Both, with copies of the last row appended up to a multiple of ROW_BUCKET rows, and padded
-        on the left to a multiple of WIDTH_BUCKET positions.
-    """
-    count, width = tokens.shape
-    rows = list(range(count)) + [count - 1] * (-count % ROW_BUCKET)
-    left_padding = (-width % WIDTH_BUCKET, 0)
-    pad = torch.nn.functional.pad
-    return pad(tokens, left_padding)[rows], pad(mask, left_padding)[rows]
 
 
 def concatenate_columns(parts: list[dict[str, Tensor]], order: Tensor) -> dict[str, Tensor]:
@@ -245,37 +203,7 @@ def concatenate_columns(parts: list[dict[str, Tensor]], order: Tensor) -> dict[s
     return {name: torch.cat([pad(part[name]) for part in parts])[order] for name in parts[0]}
 
 
-def mask_until_eos(response: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
-    """Find where responses end.
-
-    Args:
-        response: (B, T) sampled ids.
-        eos: Ids that end a response.
-
-    Returns:
-        A (B, T) mask of the tokens up to and including the first EOS, and (B,) whether there is
-        one.
-    """
-    is_eos = torch.isin(response, torch.tensor(eos, device=response.device))
-    num_earlier = is_eos.long().cumsum(1) - is_eos.long()
-    return num_earlier == 0, is_eos.any(1)
-
-
 def default_cache(model: CausalLM) -> str:
     """Return "static" on CUDA for models that support full-graph compilation, else "dynamic"."""
     compilable = getattr(base_model(model.network), "_can_compile_fullgraph", False)
     return "static" if model.device.type == "cuda" and compilable else "dynamic"
-
-
-@contextmanager
-def default_generation_config(network: Any) -> Iterator[None]:
-    """Use an empty generation config inside the block: `generate` takes unset options from it."""
-    from transformers import GenerationConfig
-
-    owner = base_model(network)
-    saved = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        owner.generation_config = saved

@@ -16,9 +16,9 @@ class Sampler:
     returns scores with one finite value per row, so that the argmax of `generate` selects the
     sampled token.
 
-    Two log-probabilities of each token are stored: `sampler_logp` under the distribution that was
-    sampled from, and `softmax_logp` under the full softmax(logits / temperature). They differ by
-    the logarithm of the nucleus mass.
+    Two log-probabilities of each token are stored, as (B, T) tables: `sampler_logp` under the
+    distribution that was sampled from, and `softmax_logp` under the full softmax(logits /
+    temperature). They differ by the logarithm of the nucleus mass.
 
     Args:
         vocabulary: Number of ids that may be sampled.
@@ -29,44 +29,70 @@ class Sampler:
 
     def __init__(self, vocabulary: int, temperature: float, top_p: float, noise: Tensor) -> None:
         self.vocabulary, self.temperature, self.top_p = vocabulary, temperature, top_p
-        self.noise = noise
-        self.sampler_logp: list[Tensor] = []
-        self.softmax_logp: list[Tensor] = []
-        self.finite: list[Tensor] = []
+        self.noise, self.position = noise, 0
+        self.rows = torch.arange(len(noise), device=noise.device)
+        self.sampler_logp = torch.zeros_like(noise, dtype=torch.float32)
+        self.softmax_logp = torch.zeros_like(self.sampler_logp)
+        self.finite = torch.ones(noise.shape[1], dtype=torch.bool, device=noise.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Sample the next token of every row.
+        """Sample the next token of every row, as a logits processor of `generate`.
 
         Args:
             input_ids: (B, L) ids so far; unused.
-            scores: (B, V) logits.
+            scores: (B, V) logits; rows beyond those of the noise only pad the batch.
 
         Returns:
             (B, V) scores: 0 at the sampled token, -inf elsewhere.
         """
-        num_rows = len(self.noise)  # rows beyond these only pad the batch to its bucket size
-        logits = scores[:num_rows, : self.vocabulary].float()
+        num_rows = len(self.rows)
+        one_hot_scores = torch.full_like(scores, -torch.inf)
+        one_hot_scores[num_rows:, 0] = 0.0
+        token = self.sample(scores[:num_rows])
+        one_hot_scores[:num_rows].scatter_(1, token[:, None], 0.0)
+        return one_hot_scores
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Sample the next token of every selected row.
+
+        Args:
+            logits: (n, V).
+
+        Returns:
+            (n,) ids.
+        """
+        place = (self.rows, self.position)
+        logits = logits[:, : self.vocabulary].float()
         # Rows with NaN sample from zero logits and `check` raises later: no device sync per token
         finite = logits.amax(1).isfinite()
-        self.finite.append(finite.all())
+        self.finite[self.position] = finite.all()
         logits = torch.where(finite[:, None], logits, torch.zeros_like(logits))
         softmax_logp = (logits / self.temperature).log_softmax(-1)
         sampler_logp = softmax_logp if self.top_p >= 1 else nucleus(softmax_logp, self.top_p)
-        token = draw(sampler_logp, self.noise[:, len(self.sampler_logp)])[:, None]
-        self.sampler_logp.append(sampler_logp.gather(1, token)[:, 0])
-        self.softmax_logp.append(softmax_logp.gather(1, token)[:, 0])
-        one_hot_scores = torch.full_like(scores, -torch.inf)
-        one_hot_scores[num_rows:, 0] = 0.0
-        one_hot_scores[:num_rows].scatter_(1, token, 0.0)
-        return one_hot_scores
+        token = draw(sampler_logp, self.noise[place])[:, None]
+        self.sampler_logp[place] = sampler_logp.gather(1, token)[:, 0]
+        self.softmax_logp[place] = softmax_logp.gather(1, token)[:, 0]
+        self.position += 1
+        return token[:, 0]
 
-    def check(self) -> None:
+    def select(self, index: Tensor) -> None:
+        """Go on with some of the selected rows.
+
+        Args:
+            index: (m,) which of them.
+        """
+        self.rows = self.rows[index]
+
+    def check(self, num_positions: int) -> None:
         """Raise an error if the logits were not finite at some token.
+
+        Args:
+            num_positions: Number of response positions that are used.
 
         Raises:
             InvalidInput: Logits were NaN, or all of them infinite.
         """
-        finite = torch.stack(self.finite)
+        finite = self.finite[:num_positions]
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0, 0])
             raise InvalidInput(

@@ -13,9 +13,11 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import orjson
 from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
@@ -265,6 +267,8 @@ def parse_json(body: bytes) -> tuple[Any, str]:
     Returns:
         The value and ""; or None and why the body is not valid JSON.
     """
+    with suppress(orjson.JSONDecodeError):  # it takes a third of the time, but refuses NaN
+        return orjson.loads(body), ""
     try:
         return json.loads(body), ""
     except (ValueError, RecursionError) as error:

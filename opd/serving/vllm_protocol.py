@@ -17,6 +17,7 @@ from opd.serving.position_logprobs import PositionLogprobs, check_logprobs
 
 T = TypeVar("T")
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+TOKEN_IDS = re.compile(rf"(?:{TOKEN_ID.pattern})(?:,(?:{TOKEN_ID.pattern}))*")
 
 
 def read_row(
@@ -43,11 +44,10 @@ def read_row(
             log-probabilities.
     """
     entries = check_row(choice, row)
-    ids = np.empty((len(positions), k), np.int64)
-    logp = np.empty((len(positions), k), np.float64)
-    sampled = np.empty(len(positions), np.float64)
-    for i, position in enumerate(positions):
-        ids[i], logp[i], sampled[i] = read_position(entries[position], row[position], position, k)
+    parsed = [read_position(entries[i], row[i], i, k) for i in positions]
+    ids = np.array([x[0] for x in parsed], np.int64).reshape(len(parsed), k)
+    logp = np.array([x[1] for x in parsed], np.float64).reshape(len(parsed), k)
+    sampled = np.array([x[2] for x in parsed], np.float64)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise InvalidInput(
             f"the teacher's top-K contains the id {ids.max()}, but the student has {vocabulary} "
@@ -117,6 +117,28 @@ def read_position(
             f"position {position}: {len(entries)} log-probabilities, expected {k} or {k + 1}; "
             f"start the server with --max-logprobs {k} or more"
         )
+    values: list[Any] = [
+        x.get("logprob") if isinstance(x, dict) else None for x in entries.values()
+    ]
+    if TOKEN_IDS.fullmatch(",".join(entries)) is None or set(map(type, values)) != {float}:
+        check_entries(entries, position)
+    # by descending probability, ties by the server's rank
+    ranks = [entry.get("rank") or 0 for entry in entries.values()]
+    ordered = sorted(zip([-x for x in values], ranks, range(len(values)), entries, strict=True))[:k]
+    logp = [-negative for negative, *_ in ordered]
+    return [int(v) for *_, v in ordered], logp, entries[str(token)]["logprob"]
+
+
+def check_entries(entries: Mapping[str, Any], position: int) -> None:
+    """Check each id and log-probability at a position.
+
+    Args:
+        entries: Token id (as text) to its entry.
+        position: The position, for messages.
+
+    Raises:
+        InvalidInput: An id or value is malformed; names it.
+    """
     for v, entry in entries.items():
         value = entry.get("logprob") if isinstance(entry, dict) else None
         if TOKEN_ID.fullmatch(v) is None:
@@ -125,15 +147,6 @@ def read_position(
             raise InvalidInput(
                 f"position {position}, id {v}: {short_repr(value)} is not a log-probability"
             )
-    top_entries = sorted(entries.items(), key=_rank_key)[:k]
-    logp = [entry["logprob"] for _, entry in top_entries]
-    return [int(v) for v, _ in top_entries], logp, entries[str(token)]["logprob"]
-
-
-def _rank_key(item: tuple[str, Any]) -> tuple[float, int]:
-    """Sort by descending probability, ties by the server's rank."""
-    entry = item[1]
-    return -entry["logprob"], entry.get("rank") or 0
 
 
 MAX_ENTRY_BYTES, OVERHEAD_BYTES = 512, 1 << 20

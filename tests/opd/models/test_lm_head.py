@@ -15,6 +15,7 @@ from opd.models.gathered_head import gathered_product
 from opd.models.lm_head import LmHead, LogitsHead, two_stage_topk
 from opd.models.model import CausalLM, split_head
 from opd.scoring.chunked_loss import chunked_loss
+from tests.helpers.architectures import ARCHITECTURES, random_network
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -160,53 +161,6 @@ def test_more_ids_than_the_vocabulary_are_refused() -> None:
 
 # --- real models --------------------------------------------------------------------------------
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-}
-ENDS = {"bos_token_id": 0, "eos_token_id": 0}
-GPT = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64} | ENDS
-MODELS = {
-    "Llama": SMALL,
-    "Qwen2": SMALL | {"tie_word_embeddings": True},
-    "Qwen3": SMALL | {"head_dim": 8},
-    "Gemma2": SMALL | {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "Cohere": SMALL | {"logit_scale": 0.25},
-    "Granite": SMALL | {"logits_scaling": 3.0},
-    "Phi": SMALL,
-    "GPT2": GPT | {"initializer_range": 0.4},
-    "GPTJ": GPT | {"rotary_dim": 4, "initializer_range": 0.4},
-    "OPT": {
-        "vocab_size": 61,
-        "hidden_size": 16,
-        "ffn_dim": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "word_embed_proj_dim": 8,
-        "max_position_embeddings": 64,
-        "init_std": 0.4,
-    },
-}
-
-
-def network(name: str, **changes: object):  # type: ignore[no-untyped-def]
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**(MODELS[name] | changes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        output = model.get_output_embeddings()
-        if getattr(output, "bias", None) is not None:
-            torch.nn.init.normal_(output.bias)
-    return model.eval()
-
 
 @contextmanager
 def no_warning() -> Iterator[None]:
@@ -238,10 +192,10 @@ def probe(net, model: CausalLM) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, T
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_split_models_have_their_own_logits_and_gradients(name: str) -> None:
     """Check values of all and of gathered logits, and gradients of all parameters, tied or not."""
-    net = network(name)
+    net = random_network(name)
     with no_warning():
         model = split_head(net, 57)
     model_logits, hidden, token_ids, _ = probe(net, model)
@@ -270,18 +224,19 @@ def cap(z: Tensor, softcap: float | None) -> Tensor:
 
 def test_heads_are_read_from_the_configuration() -> None:
     heads = {
-        name: split_head(network(name), 61).head for name in ("Gemma2", "Cohere", "Granite", "Phi")
+        name: split_head(random_network(name), 61).head
+        for name in ("Gemma2", "Cohere", "Granite", "Phi")
     }
     assert heads["Gemma2"].softcap == 2
     assert heads["Cohere"].scale == 0.25
     assert heads["Granite"].scale == pytest.approx(1 / 3)
-    assert torch.equal(heads["Phi"].bias, network("Phi").get_output_embeddings().bias)
+    assert torch.equal(heads["Phi"].bias, random_network("Phi").get_output_embeddings().bias)
 
 
 def test_bfloat16_models_are_split_too() -> None:
     for name in ("Llama", "Gemma2", "Granite"):
         with no_warning():
-            model = network(name).bfloat16()
+            model = random_network(name).bfloat16()
             head = split_head(model, 61).head
         assert isinstance(head, LmHead)
         assert head.weight.dtype == torch.bfloat16
@@ -290,7 +245,7 @@ def test_bfloat16_models_are_split_too() -> None:
 
 def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:
     """A factor of 1.1 is missing from the configuration; the loss must still be right."""
-    net = network("Llama")
+    net = random_network("Llama")
     net.register_forward_hook(lambda _, __, out: out | {"logits": out.logits * 1.1})
     with pytest.warns(UserWarning, match="LlamaForCausalLM do not reproduce .* keeps 61 numbers"):
         model = split_head(net, 57)
@@ -311,7 +266,9 @@ def test_adapters_act_in_the_decoder_and_are_refused_on_the_head() -> None:
     import peft
 
     def adapted_model(**adapter_options: object):  # type: ignore[no-untyped-def]
-        net = peft.get_peft_model(network("Llama"), peft.LoraConfig(r=2, **adapter_options)).eval()
+        net = peft.get_peft_model(
+            random_network("Llama"), peft.LoraConfig(r=2, **adapter_options)
+        ).eval()
         for key, p in net.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(p)

@@ -12,8 +12,9 @@ from diagnostics.records.batch_files import load_batch
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
+from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import group_by_length, mask_until_eos, sample
+from opd.rollouts.hf_engine import group_by_length, sample
 from opd.teachers.pair import load_pair
 from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,
@@ -215,7 +216,7 @@ def test_adapters_take_part(two_layer_pair, prompts) -> None:
     )
 
 
-def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypatch) -> None:
+def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts) -> None:
     for changes, words in (
         ({"max_response": 0}, "max_response is 0"),
         ({"generation_batch_size": 0}, "generation_batch_size is 0"),
@@ -226,12 +227,14 @@ def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypa
         with pytest.raises(ValueError, match=words):
             sample_rollouts(pair.student, prompts, pair.eos, **changes)
 
-    def exhausted(**_: object) -> None:
+    def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pair.student.network, "generate", exhausted)
-    with pytest.raises(torch.OutOfMemoryError, match=r"4 rows of \d+ prompt and 16 .* below 4"):
-        sample_rollouts(pair.student, prompts, pair.eos, generation_batch_size=4)
+    hook = pair.student.network.register_forward_pre_hook(exhausted)
+    for cache in ("dynamic", "static"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"4 rows of \d+ prompt and 16 .* below 4"):
+            sample_rollouts(pair.student, prompts, pair.eos, generation_batch_size=4, cache=cache)
+    hook.remove()
 
 
 def test_sampler_consistency_is_tested_before_the_nucleus(pair, prompts, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
+from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import mask_until_eos
 from opd.teachers.pair import load_pair
 from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,

@@ -15,8 +15,8 @@ from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
 from opd.models.model import CausalLM
 from opd.rollouts.base import BatchSlice
+from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine, halved_weights
 from opd.serving import json_endpoint
 from tests.helpers.servers.rollout_server import FakeRolloutServer

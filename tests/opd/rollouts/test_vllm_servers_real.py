@@ -13,7 +13,7 @@ import torch
 from opd.config.settings import with_settings
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompts
-from opd.rollouts.hf_engine import mask_until_eos
+from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine
 from opd.teachers.pair import load_pair
 from opd.training.train import train
