@@ -25,6 +25,7 @@ def synthetic_bank(
     pair_noise: float = 0.02,
     run_noise: float = 0.03,
     features: str = "normal",
+    shared_seeds: bool = False,
 ) -> Bank:
     """Draw a bank whose gains are linear in features, with an average of each method.
 
@@ -37,6 +38,7 @@ def synthetic_bank(
         pair_noise: Standard deviation of what else the runs of a pair share.
         run_noise: Standard deviation of a run.
         features: "normal", or "codes": one number for each pair, which identifies it, and no other.
+        shared_seeds: Number the pairs of each family alike; by default every seed is of one pair.
 
     Returns:
         The bank; a run has collapsed if its gain is below -0.1.
@@ -56,6 +58,7 @@ def synthetic_bank(
                 row = {
                     "pair": f"pair-{family}-{number}",
                     "family": f"family-{family}",
+                    "seed": str(number if shared_seeds else family * pairs + number),
                     "method": f"method-{method}",
                     "features": x,
                     "start": START,
@@ -92,7 +95,7 @@ def write_bank(path: Path, bank: Bank) -> None:
                 {
                     "pair": bank.pair[i],
                     "family": bank.family[i],
-                    "seed": 0,
+                    "seed": bank.seed[i],
                     "method": bank.method[i],
                     "start": bank.start[i],
                     "final": bank.start[i] + bank.gain[i],

@@ -103,6 +103,8 @@ class Bank:
     """(n,) ids of pairs, text."""
     family: Array
     """(n,) families of regimes, text."""
+    seed: Array
+    """(n,) seeds, text; pairs with equal seeds may share models, in several regimes."""
     method: Array
     """(n,) methods, text."""
     features: Array
@@ -180,6 +182,7 @@ def read_bank(path: Path) -> Bank:
     return Bank(
         pair=np.array([row["pair"] for row in rows]),
         family=np.array([row["family"] for row in rows]),
+        seed=np.array([row["seed"] for row in rows]),
         method=np.array([row["method"] for row in rows]),
         features=np.array(
             [

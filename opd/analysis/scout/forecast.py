@@ -54,7 +54,7 @@ class GainModel:
     weights: Array
     """(n,) weights of the covariances."""
     residuals: Array
-    """(n,) gain minus the forecast without the run's group."""
+    """(n,) gain minus the forecast without the runs of its seed."""
 
 
 def fit_gain(bank: Bank, group: Array, shapes: Sequence[str] = SHAPES) -> GainModel:
@@ -81,8 +81,8 @@ def fit_gain(bank: Bank, group: Array, shapes: Sequence[str] = SHAPES) -> GainMo
                 best = error, shape, penalty, inverse
     assert best is not None
     _, shape, penalty, inverse = best
-    pair_residuals = left_out_residuals(inverse, bank.gain, bank.pair)
-    return GainModel(bank, scaling, shape, penalty, inverse.times(bank.gain), pair_residuals)
+    residuals = left_out_residuals(inverse, bank.gain, bank.seed)
+    return GainModel(bank, scaling, shape, penalty, inverse.times(bank.gain), residuals)
 
 
 def left_out_residuals(inverse: BankInverse, target: Array, group: Array) -> Array:

@@ -1,14 +1,15 @@
 """Test of the forecasts on pairs, or families of regimes, that they were not made from.
 
-Every pair (or family) is left out in turn; everything is fitted again without it, the choice of
-the covariance and its penalty included; and its runs are forecast. The scores are set beside single
+Every pair (or family) is left out in turn, together with all pairs of its seed, which may share
+its models; everything is fitted again without them, the choice of the covariance and its penalty
+included; and its runs are forecast. The scores are set beside single
 predictors of published work on the same runs, which are given their best sign.
 
 Shapes: n runs, p pairs, r resamples.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,13 +96,10 @@ def leave_out(bank: Bank, unit: str) -> LeftOutForecasts:
     Returns:
         The forecasts.
     """
-    labels: Array = getattr(bank, unit)
     columns = {name: np.full(len(bank), math.nan) for name in LeftOutForecasts.__annotations__}
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        others = bank.rows(labels != label)
-        query = bank.rows(rows)
-        model = fit_gain(others, getattr(others, unit))
+    for is_query, is_known in splits(bank, unit):
+        rows, others, query = np.flatnonzero(is_query), bank.rows(is_known), bank.rows(is_query)
+        model = fit_gain(others, others.seed if unit == "pair" else others.family)
         gains = forecast_gain(model, query.features, query.method, query.start)
         columns["gain"][rows], columns["gain_low"][rows], columns["gain_high"][rows] = gains
         columns["feature_effect"][rows] = gains[0] - average_pair_gain(model, query.method)
@@ -113,6 +111,26 @@ def leave_out(bank: Bank, unit: str) -> LeftOutForecasts:
             average = others.gain[same_method] if same_method.any() else others.gain
             columns["method_average"][row] = average.mean()
     return LeftOutForecasts(**columns)
+
+
+def splits(bank: Bank, unit: str) -> Iterator[tuple[Array, Array]]:
+    """Split a bank into runs that are forecast and runs from which they are forecast.
+
+    Args:
+        bank: The runs.
+        unit: "pair": the others have another seed; "family": another seed and another family.
+
+    Yields:
+        Two (n,) bool masks. Every run is forecast once.
+    """
+    for seed in np.unique(bank.seed):
+        is_seed = bank.seed == seed
+        if unit == "pair":
+            yield is_seed, ~is_seed
+            continue
+        for family in np.unique(bank.family[is_seed]):
+            is_family = bank.family == family
+            yield is_seed & is_family, ~is_seed & ~is_family
 
 
 def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -> Validation:
@@ -128,13 +146,14 @@ def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -
         The scores.
 
     Raises:
-        InvalidInput: Too few pairs or families.
+        InvalidInput: Too few seeds, pairs or families.
     """
-    if (num_groups := len(np.unique(getattr(bank, unit)))) < MIN_FAMILIES:
-        raise InvalidInput(
-            f"the bank has {num_groups} different values of {unit}; to leave out each in turn, "
-            f"{MIN_FAMILIES} are needed"
-        )
+    for name in dict.fromkeys(("seed", unit)):
+        if (num_groups := len(np.unique(getattr(bank, name)))) < MIN_FAMILIES:
+            raise InvalidInput(
+                f"the bank has {num_groups} different values of {name}; to leave out each in turn, "
+                f"{MIN_FAMILIES} are needed"
+            )
     forecasts, signs = leave_out(bank, unit), best_signs(bank)
     num_pairs = len(np.unique(bank.pair))
     values = all_scores(bank, forecasts, signs, np.ones((1, num_pairs)))
@@ -303,7 +322,8 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
     within methods has a 95 % interval above 0 and exceeds that of every single predictor, and the
     forecast's mean error is below that of each method's average gain. Collapses are forecast if the
     area under the ROC curve has a 95 % interval above 1/2, and MIN_COLLAPSED pairs or more have a
-    run that collapsed and as many have none. Both need MIN_PAIRS pairs in MIN_FAMILIES families.
+    run that collapsed and as many have none. Both need MIN_PAIRS pairs of MIN_FAMILIES seeds in
+    MIN_FAMILIES families.
 
     Args:
         bank: The runs.
@@ -316,6 +336,7 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
     counts = (
         (len(np.unique(bank.pair)), MIN_PAIRS, "pairs"),
         (len(np.unique(bank.family)), MIN_FAMILIES, "families"),
+        (len(np.unique(bank.seed)), MIN_FAMILIES, "seeds"),
     )
     too_small = tuple(
         f"the bank has {count} {noun}; {fewest} are needed"

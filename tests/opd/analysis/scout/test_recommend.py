@@ -12,7 +12,7 @@ from opd.analysis.scout import recommend
 from opd.analysis.scout.bank import FEATURES, pair_features
 from opd.analysis.scout.forecast import fit_collapse, fit_gain, forecast_collapse, forecast_gain
 from opd.analysis.scout.measure import PairMeasurements
-from opd.analysis.scout.recommend import FittedBank, MethodForecast, report_teacher
+from opd.analysis.scout.recommend import FittedBank, MethodForecast, fit_bank, report_teacher
 from opd.analysis.scout.report import ScoutReport, format_report, read_report, write_report
 from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Verdict, validate
@@ -72,6 +72,41 @@ def test_a_pair_is_forecast_for_every_method_best_first(fitted: FittedBank, valu
         assert forecast.average_gain == pytest.approx(fitted.bank.gain[runs].mean())
     higher = report_teacher("b", measured({**values, "continuation_gain": 0.35}), fitted)
     assert higher.forecasts[0].gain[0] > report.forecasts[0].gain[0]  # type: ignore[index]
+
+
+def test_methods_are_in_the_order_of_this_pair_and_not_of_the_average(bank, values) -> None:
+    """The method with the lowest average gain is the one that a high accuracy gap helps."""
+    column = bank.features[:, list(FEATURES).index("accuracy_gap")]
+    is_first = bank.method == "method-0"
+    slope = 2.0 * (column - column.mean())
+    crossed = replace(bank, gain=bank.gain + np.where(is_first, slope, 0.0))
+    verdict = Verdict(validate(crossed, "family", resamples=20), (), ())
+    crossed_fit = FittedBank(
+        crossed, verdict, fit_gain(crossed, crossed.family), fit_collapse(crossed)
+    )
+    high = {**values, "accuracy_gap": float(column.max())}
+    report = report_teacher("teacher", measured(high), crossed_fit)
+    assert report.outside == ()
+    averages = {f.method: f.average_gain for f in report.forecasts}
+    assert min(averages, key=averages.__getitem__) == "method-0"
+    assert report.forecasts[0].method == "method-0"
+
+
+def test_a_bank_of_many_families_is_fitted_for_families_that_are_left_out() -> None:
+    """Where the choices of covariance differ, and by pairs where there is one family."""
+    banks = [
+        synthetic_bank(s, effects={"accuracy_gap": 0.03}, families=3, pairs=3, methods=2)
+        for s in range(12)
+    ]
+    both = [(fit_gain(b, b.family), fit_gain(b, b.pair), b) for b in banks]
+    by_family, by_pair, chosen = next(
+        x for x in both if (x[0].shape, x[0].penalty) != (x[1].shape, x[1].penalty)
+    )
+    fit = fit_bank(chosen).gain
+    assert (fit.shape, fit.penalty) == (by_family.shape, by_family.penalty)
+    single = replace(chosen, family=np.full(len(chosen), "one"))
+    fit = fit_bank(single).gain
+    assert (fit.shape, fit.penalty) == (by_pair.shape, by_pair.penalty)
 
 
 def test_a_pair_outside_of_the_bank_is_not_forecast(fitted: FittedBank, values) -> None:

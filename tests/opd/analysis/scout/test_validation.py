@@ -132,6 +132,24 @@ def test_outcomes_that_are_left_out_do_not_change_their_forecasts(unit: str) -> 
         assert forecasts.method_average[row] == pytest.approx(bank.gain[peers].mean())
 
 
+@pytest.mark.parametrize("unit", ["pair", "family"])
+def test_pairs_that_may_share_models_are_left_out_together(unit: str) -> None:
+    effects = {name: effect / 4 for name, effect in EFFECTS.items()}
+    bank = synthetic_bank(2, effects=effects, families=4, pairs=4, methods=2, shared_seeds=True)
+    forecasts = leave_out(bank, unit)
+    for row in (0, 13, 30):
+        known = bank.seed != bank.seed[row]
+        if unit == "family":
+            known &= bank.family != bank.family[row]
+        groups = bank.seed if unit == "pair" else bank.family
+        model = fit_gain(bank.rows(known), groups[known])
+        expected = forecast_gain(model, bank.features[[row]], bank.method[[row]], bank.start[[row]])
+        columns = (forecasts.gain, forecasts.gain_low, forecasts.gain_high)
+        assert [column[row] for column in columns] == pytest.approx([x[0] for x in expected])
+        peers = known & (bank.method == bank.method[row])
+        assert forecasts.method_average[row] == pytest.approx(bank.gain[peers].mean())
+
+
 def test_scores_beside_single_predictors_with_their_best_sign() -> None:
     bank = synthetic_bank(3, effects=EFFECTS, families=3, pairs=4, methods=3, pair_noise=0.1)
     forecasts, signs = leave_out(bank, "pair"), best_signs(bank)
