@@ -1,7 +1,6 @@
 """The models of the tests of TRL's trainers."""
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +9,15 @@ from tests.helpers.trl_trainers import load_pair
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pair) -> Iterator[tuple[Any, Any, Any]]:
+def pair(tiny_pair) -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer).
 
     Every training run of TRL collects garbage, which would search all imported modules for 0.3 s.
+    These stay exempt until the session ends, as what the other tests import.
     """
     from trl import DistillationTrainer  # noqa: F401, imports nearly all that the others need
 
     models = load_pair(tiny_pair)
     gc.collect()
     gc.freeze()
-    yield models
-    gc.unfreeze()
+    return models

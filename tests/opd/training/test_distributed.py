@@ -31,13 +31,15 @@ from tests.helpers.runs import rows, settings, train_in_rank
 from tests.helpers.warm_process import run_ranks
 
 PROGRAM = """
+import gc
+gc.disable()  # an import is searched for garbage in vain
 import sys
-import time
 from opd.config.files import read_config
 from opd.runtime.distributed import process_group
 from opd.training.optimizer import make_optimizer
 from opd.teachers.factory import make_pair
 from opd.training.train import train
+gc.enable()
 with process_group("cpu"):
     for name in sys.argv[1:]:
         train(read_config(name))

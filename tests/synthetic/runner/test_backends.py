@@ -55,8 +55,10 @@ def test_a_running_dask_cluster_is_found_by_its_address(
 def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_path: Path) -> None:
     import ray.cluster_utils
 
+    # no processes that scale the cluster or show its logs: each is an interpreter of its own
+    services = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     running = ray.cluster_utils.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+        initialize_head=True, head_node_args={"num_cpus": 2, **services}
     )
     try:
         address = running.address
