@@ -10,6 +10,8 @@ read nor written.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from opd.rollouts.decoding import (
     default_generation_config,
 )
 from opd.rollouts.sampler import Sampler
+from opd.rollouts.static_cache import record_problem, usable_cache
 
 GENERATION_BATCH_SIZE = 256
 
@@ -91,8 +94,8 @@ def sample(
         batch_slice: Which rows of a larger batch `prompts` are; None: the whole batch.
         generation_batch_size: Rows per `generate` call. Rows of similar prompt length are grouped,
             and a call stops when all its rows have ended.
-        cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA if the model
-            supports it.
+        cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA, else dynamic. A
+            model that cannot use the static cache uses the dynamic one, with a warning.
 
     Returns:
         The rollouts, on the model's device.
@@ -112,9 +115,9 @@ def sample(
             f"temperature is {temperature} and top_p {top_p}; expected temperature > 0 and top_p "
             "in (0, 1]; for greedy decoding set top_p=1e-9"
         )
-    cache_kind = cache or default_cache(model)
-    if cache_kind not in ("static", "dynamic"):
-        raise InvalidInput(f"unknown cache {cache_kind!r}; known: static, dynamic")
+    wanted_cache = cache or default_cache(model)
+    if wanted_cache not in ("static", "dynamic"):
+        raise InvalidInput(f"unknown cache {wanted_cache!r}; known: static, dynamic")
     noise = torch.rand(
         len(prompts) if batch_slice is None else batch_slice.total_rows,
         max_response,
@@ -126,8 +129,12 @@ def sample(
     parts, order = [], []
     with default_generation_config(model.network), evaluation_mode(model.network):
         for rows in group_by_length(prompts, generation_batch_size):
-            sampler = Sampler(model.vocabulary, temperature, top_p, noise[rows].to(model.device))
-            parts.append(decode_group(model, prompts.rows(rows), eos, sampler, cache_kind))
+            new_sampler = partial(
+                Sampler, model.vocabulary, temperature, top_p, noise[rows].to(model.device)
+            )
+            parts.append(
+                decode_with_cache(model, prompts.rows(rows), eos, new_sampler, wanted_cache)
+            )
             order += rows
     columns: dict[str, Any] = concatenate_columns(
         parts, torch.tensor(order).argsort().to(model.device)
@@ -135,6 +142,44 @@ def sample(
     return Rollouts(
         **columns, prompt=prompts.index.to(model.device), temperature=temperature, top_p=top_p
     )
+
+
+def decode_with_cache(
+    model: CausalLM,
+    prompts: Prompts,
+    eos: list[int],
+    new_sampler: Callable[[], Sampler],
+    wanted_cache: str,
+) -> dict[str, Tensor]:
+    """Decode prompts at once; if that fails with the static cache, decode with the dynamic one.
+
+    A model may pass the comparison of `usable_cache` and still fail to compile.
+
+    Args:
+        model: The model to sample from.
+        prompts: Prompts of the group.
+        eos: Ids that end a response.
+        new_sampler: Returns a new sampler with the noise of these rows.
+        wanted_cache: "static" or "dynamic".
+
+    Returns:
+        Columns of `Rollouts`.
+
+    Raises:
+        InvalidInput: Logits were not finite.
+        torch.OutOfMemoryError: names the rows and positions that did not fit.
+    """
+    if usable_cache(model, wanted_cache) == "static":
+        try:
+            return decode_group(model, prompts, eos, new_sampler(), "static")
+        except (torch.OutOfMemoryError, InvalidInput):  # not for lack of a static cache
+            raise
+        except Exception as error:
+            columns = decode_group(model, prompts, eos, new_sampler(), "dynamic")
+            message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            record_problem(model, message)
+            return columns
+    return decode_group(model, prompts, eos, new_sampler(), "dynamic")
 
 
 def decode_group(
@@ -204,6 +249,5 @@ def concatenate_columns(parts: list[dict[str, Tensor]], order: Tensor) -> dict[s
 
 
 def default_cache(model: CausalLM) -> str:
-    """Return "static" on CUDA for models that support full-graph compilation, else "dynamic"."""
-    compilable = getattr(base_model(model.network), "_can_compile_fullgraph", False)
-    return "static" if model.device.type == "cuda" and compilable else "dynamic"
+    """Return "static" on CUDA, where it is compiled, else "dynamic"."""
+    return "static" if model.device.type == "cuda" else "dynamic"

@@ -134,7 +134,8 @@ def test_a_small_nucleus_is_greedy_decoding(pair, prompts) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_every_call_stops_when_its_own_rows_have_ended(pair, prompts, cache: str) -> None:
     # EOS ids are the sampled first tokens; ten rows are padded to a bucket of 16
-    first = sample_rollouts(pair.student, prompts, pair.eos, max_response=64).tokens[:, 0].tolist()
+    first = sample_rollouts(pair.student, prompts, pair.eos, max_response=64, cache=cache)
+    first = first.tokens[:, 0].tolist()
     eos = sorted(set(first))
     calls: list[int] = []
     hook = pair.student.network.register_forward_hook(lambda *_: calls.append(1))
