@@ -96,18 +96,17 @@ def measure_cell(method: str, length: int, vocabulary: int) -> dict[str, float]:
 
 def random_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
     """Return a scored batch of one response with random log-probabilities."""
-    shape = (*tokens.shape, K)
-    logp = -torch.rand(shape) * 5 - 5
-    flat = -torch.rand(tokens.shape) * 5
-    support = Support(
-        ids=torch.randint(vocabulary, shape), student_logp=logp, teacher_logp=logp, source="teacher"
-    )
+    shape, device = (*tokens.shape, K), tokens.device
+    logp = -torch.rand(shape, device=device) * 5 - 5
+    flat = -torch.rand(tokens.shape, device=device) * 5
+    ids = torch.randint(vocabulary, shape, device=device)
+    support = Support(ids=ids, student_logp=logp, teacher_logp=logp, source="teacher")
     return ScoredRollouts(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         sampler_logp=flat,
-        prompt=torch.zeros(1, dtype=torch.long),
-        ended=torch.ones(1, dtype=torch.bool),
+        prompt=torch.zeros_like(tokens[:, 0]),
+        ended=torch.ones_like(tokens[:, 0], dtype=torch.bool),
         student_logp=flat,
         teacher_logp=flat,
         support=support,
@@ -115,15 +114,20 @@ def random_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
 
 
 def toolkit_update(
-    method: str, student: CausalLM, teacher: CausalLM, ids: torch.Tensor, batch: ScoredRollouts
+    method: str,
+    student: CausalLM,
+    teacher: CausalLM,
+    ids: torch.Tensor,
+    batch: ScoredRollouts,
+    max_logits_per_chunk: int = 1 << 24,
 ) -> None:
     """Run forward and backward passes with the toolkit's loss."""
     from opd.data.prompts import Prompts
 
     prompts = Prompts(
         tokens=ids[:, :PROMPT],
-        mask=torch.ones(1, PROMPT, dtype=torch.bool),
-        index=torch.zeros(1, dtype=torch.long),
+        mask=torch.ones_like(ids[:, :PROMPT], dtype=torch.bool),
+        index=torch.zeros_like(ids[:, 0]),
         answers=[""],
     )
     name = "teacher_topk" if method == "rows" else "full_reverse_kl"
@@ -131,8 +135,8 @@ def toolkit_update(
     if method == "chunks":
         with torch.no_grad():
             teacher_hidden = response_hidden_states(teacher, prompts, batch)
-    credit = torch.zeros(batch.tokens.shape)
-    weight = torch.full(batch.tokens.shape, 1 / batch.tokens.numel())
+    credit = torch.zeros_like(batch.student_logp)
+    weight = torch.full_like(credit, 1 / batch.tokens.numel())
     loss = loss_from_hidden(
         student,
         OBJECTIVES[name],
@@ -141,7 +145,7 @@ def toolkit_update(
         teacher=teacher,
         teacher_hidden=teacher_hidden,
         temperature=1.0,
-        max_logits_per_chunk=1 << 24,
+        max_logits_per_chunk=max_logits_per_chunk,
     )
     loss.backward()
 

@@ -2,31 +2,28 @@
 
     python -m benchmarks.head [--tokens 512 --hidden 896 --vocabulary 151936 --k 32]
 
-All run in one process. Extra memory is the peak of simultaneously allocated memory beyond the
-inputs and the two gradients: CUDA's own count, or on a CPU the tensors returned by operations.
-Gradient errors are relative to the largest entry, against the dense loss in float32 on the same
-numbers. TRL is needed for its rows only, Liger and CUDA for Liger's. Rows with the full vocabulary
-and with the teacher's top-K include the teacher's head.
+All run in one process, on a CPU; `python -m benchmarks.gpu` measures the same on a GPU. Extra
+memory is the peak of simultaneously allocated memory beyond the inputs and the two gradients:
+CUDA's own count, or on a CPU the tensors returned by operations. Gradient errors are relative to
+the largest entry, against the dense loss in float32 on the same numbers. TRL is needed for its rows
+only, Liger and CUDA for Liger's. Rows with the full vocabulary and with the teacher's top-K include
+the teacher's head.
 
 Shapes: N tokens, D hidden size, V vocabulary, K support ids.
 """
 
 import argparse
 import platform
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.study import cpu_name
+from benchmarks.timing import extra_memory, is_tensor, milliseconds
 from diagnostics.batch import ScoredRollouts, Support
 from opd.models.lm_head import LmHead, two_stage_topk
 from opd.models.model import CausalLM
@@ -298,104 +295,63 @@ def gradients(loss: Callable[[Case], Tensor], inputs: Case) -> list[Tensor]:
     )
 
 
-def milliseconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Return the median time of a call after one warm-up; on a CPU, that of the main thread."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        begin = clock()
-        work()
-        synchronize(device)
-        times.append(1000 * (clock() - begin))
-    return sorted(times[1:])[repeats // 2]
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the live storages returned by operations, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        input_storages = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)
-        }
-        for x in filter(is_tensor, tree_leaves(out)):
-            storage = x.untyped_storage()
-            if storage._cdata not in input_storages and storage._cdata not in self.seen:
-                self.seen[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.seen.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.seen.values()))
-        return out
-
-
-def is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
-
-
-@contextmanager
-def extra_memory(device: str) -> Iterator[Callable[[], float]]:
-    """Yield a function that returns the peak memory beyond the start, in MiB."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start_bytes = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - start_bytes) / 2**20
-    else:
-        with LiveMemory() as alive:
-            yield lambda: alive.peak / 2**20
-
-
-def gradient_error(loss: Callable[[Case], Tensor], inputs: Case) -> float:
-    """Return the largest relative gradient error against the float32 dense loss."""
+def gradient_error(
+    loss: Callable[[Case], Tensor], reference: Callable[[Case], Tensor], inputs: Case
+) -> float:
+    """Return the largest relative gradient error against a reference in float32."""
     wide = {
         name: x.float()
         for name, x in vars(inputs).items()
         if is_tensor(x) and x.is_floating_point()
     }
-    exact = gradients(REFERENCE[loss], replace(inputs, **wide))
+    exact = gradients(reference, replace(inputs, **wide))
     result = gradients(loss, inputs)
     pairs = zip(result, exact, strict=True)
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def print_table(
-    rows: dict[str, Callable[[Case], Tensor]], inputs: Case, device: str, repeats: int
-) -> None:
-    """Print time and memory of each implementation."""
-    matmul_time = milliseconds(lambda: matmul(inputs), device, repeats)
+def measure(
+    loss: Callable[[Case], Tensor], inputs: Case, device: str, repeats: int
+) -> tuple[float, float]:
+    """Return the median milliseconds of forward and backward, and the extra MiB.
+
+    Extra memory is without the gradients themselves. On CUDA a call before that makes kernels,
+    workspaces and tables, which do not count.
+    """
+    if device == "cuda":
+        gradients(loss, inputs)
+    with extra_memory(device) as peak:
+        result = gradients(loss, inputs)
+        mebibytes = peak() - sum(x.nbytes for x in result) / 2**20
+    del result
+    return milliseconds(lambda: gradients(loss, inputs), device, repeats), mebibytes
+
+
+def print_table(rows: dict[str, Callable[[Case], Tensor]], inputs: Case, repeats: int) -> None:
+    """Print time and memory of each implementation on a CPU."""
+    matmul_time = milliseconds(lambda: matmul(inputs), "cpu", repeats)
     for name, loss in rows.items():
-        if not is_available(loss, device):
+        if not is_available(loss, "cpu"):
             print(f"| {name} | not available here | | |")
             continue
-        with extra_memory(device) as peak:
-            result = gradients(loss, inputs)
-            mib = peak() - sum(x.nbytes for x in result) / 2**20
-        time_spent = milliseconds(lambda loss=loss: gradients(loss, inputs), device, repeats)
+        time_spent, mib = measure(loss, inputs, "cpu", repeats)
         print(
             f"| {name} | {time_spent:,.0f} ms | {time_spent / matmul_time:.2f} | {mib:,.0f} MiB |",
             flush=True,
         )
 
 
-def print_errors(device: str) -> None:
+def print_errors() -> None:
     """Print the gradient errors of each implementation."""
     print("\n| largest relative gradient error | float32 | bfloat16 |\n|---|---|---|")
+    cases = [
+        make_case(256, 128, 8192, 32, "as in text", dtype, "cpu")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     for name, loss in {**TOPK, **FULL}.items():
-        if loss in REFERENCE and is_available(loss, device):
-            largest_errors = [
-                gradient_error(loss, make_case(256, 128, 8192, 32, "as in text", dtype, device))
-                for dtype in (torch.float32, torch.bfloat16)
-            ]
-            print(f"| {name} | {largest_errors[0]:.0e} | {largest_errors[1]:.0e} |", flush=True)
+        if loss in REFERENCE and is_available(loss, "cpu"):
+            errors = [gradient_error(loss, REFERENCE[loss], case) for case in cases]
+            print(f"| {name} | {errors[0]:.0e} | {errors[1]:.0e} |", flush=True)
 
 
 def main() -> None:
@@ -404,25 +360,18 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     torch.set_num_threads(1)
-    libraries = [
-        f"{x} {version(x)}"
-        for x in ("trl", "liger-kernel", "triton")
-        if find_spec(x.replace("-", "_"))
-    ]
-    print(f"{hardware}, one thread, python {platform.python_version()}, "
+    libraries = [f"{x} {version(x)}" for x in ("trl", "triton") if find_spec(x)]
+    print(f"{cpu_name()}, one thread, python {platform.python_version()}, "
           f"torch {torch.__version__}, {', '.join(libraries)}")  # fmt: skip
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     n, d, v, k = args.tokens, args.hidden, args.vocabulary, args.k
-    print_errors(device)
+    print_errors()
     for ids in ("as in text", "all distinct"):
-        inputs = make_case(n, d, v, k, ids, dtype, device)
+        inputs = make_case(n, d, v, k, ids, torch.float32, "cpu")
         rows = len(inputs.ids.unique())
-        print(f"\n{dtype}, N = {n}, D = {d}, V = {v:,}, K = {k}, ids {ids}: {rows:,} head rows")
+        print(f"\nfloat32, N = {n}, D = {d}, V = {v:,}, K = {k}, ids {ids}: {rows:,} head rows")
         print("| forward and backward | time | in bare matmuls | extra memory |\n|---|---|---|---|")
-        print_table(TOPK if ids == "as in text" else {**TOPK, **FULL}, inputs, device, args.repeats)
+        print_table(TOPK if ids == "as in text" else {**TOPK, **FULL}, inputs, args.repeats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the cost of the metrics: their fraction of a training step, and each metric's time.
 
-    python -m benchmarks.monitor [--steps 4 --device cpu]
+    python -m benchmarks.monitor [--steps 4]
 
 Three random pairs: one of the size of the tiny toy pair with few rows, which has the cheapest
 steps; the same with the rows and tokens of the toy pair's own runs; and one with 32k ids. The
@@ -98,7 +98,7 @@ def metric_seconds(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
 def measure(name: str, size: tuple[int, ...], args: Any) -> None:
     """Print the cost of the metrics for one pair."""
     names = ("vocabulary", "width", "layers", "rows", "response")
-    args = SimpleNamespace(**vars(args), **dict(zip(names, size, strict=True)))
+    args = SimpleNamespace(**vars(args), device="cpu", **dict(zip(names, size, strict=True)))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_models(folder, args)
@@ -118,14 +118,13 @@ def measure(name: str, size: tuple[int, ...], args: Any) -> None:
         f"({monitor / step_seconds / 10:.2%} on every tenth); exact functionals "
         f"{exact * 1e3:.0f} ms, {exact / step_seconds:.1%}"
     )
-    costs = sorted(metric_seconds(batch.to(args.device)).items(), key=lambda x: -x[1])
+    costs = sorted(metric_seconds(batch).items(), key=lambda x: -x[1])
     print("  " + ", ".join(f"{metric} {t * 1e3:.1f} ms" for metric, t in costs[:8]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     for name, size in PAIRS.items():
         measure(name, size, args)

@@ -13,13 +13,13 @@ include other processes, so vLLM is timed on GPUs only.
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 
+from benchmarks.timing import clock_seconds
 from opd.data.prompts import Prompts
 from opd.lab.build import make_tokenizer
 from opd.models.model import CausalLM
@@ -126,12 +126,9 @@ def engine_runner(
 
 def tokens_per_second(run: Callable[[int], int], seed: int, device: str) -> float:
     """Return tokens per second of one call."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    begin = clock()
+    begin = clock_seconds(device)
     tokens = run(seed)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return tokens / (clock() - begin)
+    return tokens / (clock_seconds(device) - begin)
 
 
 def main() -> None:

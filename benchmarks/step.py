@@ -6,7 +6,9 @@ Each trainer runs in its own process, one after the other, on the same random pa
 one response of exactly `response` tokens to each of `rows` prompts, scores it with the teacher and
 takes one AdamW step. The first step is excluded. Memory is the peak of the process beyond its use
 before the first step. TRL computes the full-vocabulary reverse KL, as does the toolkit's first row;
-the second row is the paper's renormalised top-K, a different objective.
+the second row is the paper's renormalised top-K, a different objective. In bfloat16 the toolkit
+keeps float32 master weights beside bfloat16 ones; TRL keeps float32 weights and computes under
+autocast.
 """
 
 import argparse
@@ -16,12 +18,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import clock_seconds
 from opd.config.settings import with_settings
 
 KINDS = ("trl", "full_reverse_kl", "teacher_topk")
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,7 +52,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), args)
-        measurements = {kind: run_trainer(kind, folder) for kind in KINDS}
+        measurements = {kind: run_trainer(kind, folder, sys.argv[1:]) for kind in KINDS}
     for kind, (seconds, mebibytes) in measurements.items():
         ratio = measurements["trl"][0] / seconds
         print(
@@ -58,9 +61,9 @@ def main() -> None:
         )
 
 
-def run_trainer(kind: str, folder: str) -> tuple[float, float]:
-    """Run a trainer in a new process; return seconds per step and MiB."""
-    line = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]]
+def run_trainer(kind: str, folder: str, options: list[str]) -> tuple[float, float]:
+    """Run a trainer in a new process, with options of this command; return seconds and MiB."""
+    line = [sys.executable, "-m", "benchmarks.step", *options]
     line += ["--kind", kind, "--folder", folder]
     quiet = os.environ | {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     process = subprocess.run(line, capture_output=True, text=True, env=quiet, check=False)
@@ -105,11 +108,6 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def clock_seconds(device: str) -> float:
-    """Return the time in seconds; on a CPU the process's CPU time."""
-    return time.process_time() if device == "cpu" else time.perf_counter()
-
-
 def summarize_times(ends: list[float], start_memory: float) -> dict[str, float]:
     """Return median seconds per step and peak memory beyond the start."""
     between = [b - a for a, b in pairwise(ends)]
@@ -142,6 +140,7 @@ def run_toolkit(args: Any) -> dict[str, float]:
         save_every=0,
         save_batch_every=0,
         device=args.device,
+        dtype=args.dtype,
     )
     ends: list[float] = []
     memory_at_start: list[float] = []
@@ -192,7 +191,7 @@ def run_trl(args: Any) -> dict[str, float]:
         max_steps=args.steps + 1,
         learning_rate=1e-6,
         use_cpu=cpu,
-        bf16=False,
+        bf16=args.dtype == "bfloat16",
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",

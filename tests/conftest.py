@@ -25,6 +25,7 @@ ENGINES = {
 """
 
 LONG_FILES = (
+    "benchmarks",
     "diagnostics/adapters",
     "diagnostics/alarms/test_alarms.py",
     "diagnostics/gradients",
