@@ -1,154 +1,272 @@
-"""Estimate tokens, memory, traffic and time of a distillation step at 7B to 72B.
+"""Compare what `opd plan` predicts with training runs on this CPU.
 
-    python -m benchmarks.plan            # the tables of docs/scale.md
+    python -m benchmarks.plan            # the table of errors in docs/scale.md
+    python -m benchmarks.plan --sizes    # the tables of memory and time there, of 7B to 72B
 
-Nothing is measured. The estimate uses public figures of the machine, published model sizes, and
-the utilisation factors below. Large terms are right to a factor of two; the purpose is to see which
-term dominates.
+Each configuration trains a random pair for three steps in a process of its own. Memory is the
+peak of the process in the first two steps beyond its use before the models were loaded, time the
+process's CPU time of the second step. Predictions are made before, from the configurations alone.
 """
 
-from dataclasses import dataclass
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-GB = 1e9
+from opd.config.settings import Config, with_settings
 
 
-@dataclass(frozen=True)
-class Size:
-    """Size of a decoder."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pair and settings."""
 
     name: str
-    weights: float
-    """Number of weights."""
-    layers: int
-    """Number of layers."""
-    width: int
-    """Hidden size."""
-    kv: int
-    """Bytes of keys and values per token (bfloat16)."""
-    vocabulary: int
-    """Number of token ids."""
+    vocabulary: int = 32768
+    width: int = 256
+    layers: int = 4
+    rows: int = 8
+    response: int = 64
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A GPU and its links."""
-
-    memory: float = 80 * GB
-    flops: float = 989e12
-    bandwidth: float = 3350 * GB
-    link: float = 450 * GB
-    use: float = 0.4
-    """Fraction of the peak FLOPs that training attains."""
-    reach: float = 0.7
-    """Fraction of the peak bandwidth that memory and links attain."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """Work of one step."""
-
-    responses: int = 128
-    prompt: int = 200
-    """Prompt length in tokens."""
-    mean: int = 6000
-    """Mean response length in tokens."""
-    longest: int = 16384
-    """Longest response in tokens."""
-    k: int = 32
-    """Number of support ids K."""
-    micro: int = 16384
-    """Tokens per micro-batch."""
-    at_once: int = 8
-    """Responses that a GPU samples together."""
-
-
-SEVEN = Size("7B", 7.6e9, 28, 3584, 2 * 28 * 4 * 128 * 2, 152064)
-FOURTEEN = Size("14B", 14.8e9, 48, 5120, 2 * 48 * 8 * 128 * 2, 152064)
-SEVENTY = Size("72B", 72.7e9, 80, 8192, 2 * 80 * 8 * 128 * 2, 152064)
+CASES = (
+    Case(name="teacher_topk, V 32k"),
+    Case(
+        name="full_reverse_kl, V 32k",
+        settings={"objective": "full_reverse_kl"},
+    ),
+    Case(
+        name="teacher_topk, V 8k, long responses",
+        vocabulary=8192,
+        rows=4,
+        response=384,
+    ),
+    Case(
+        name="the same, checkpointing",
+        vocabulary=8192,
+        rows=4,
+        response=384,
+        settings={"gradient_checkpointing": True},
+    ),
+    Case(
+        name="full_reverse_kl, V 64k, micro-batches",
+        vocabulary=65536,
+        settings={"objective": "full_reverse_kl", "max_tokens_per_microbatch": 512},
+    ),
+    Case(
+        name="teacher_topk, V 32k, LoRA",
+        settings={"lora_rank": 16},
+    ),
+    Case(
+        name="teacher_topk, V 32k, bfloat16 with masters",
+        settings={"dtype": "bfloat16"},
+    ),
+)
 
 
-def memory(size: Size, gpus: int, load: Load, sharded: bool) -> dict[str, float]:
-    """Return bytes on each GPU by purpose, with the teacher in host memory or on a server."""
-    parts = gpus if sharded else 1
-    layer, ends = 2 * size.weights / size.layers, 2 * 2 * size.vocabulary * size.width
-    network = 2 * layer + ends if sharded else 2 * size.weights
-    states = 2 * load.micro * size.width * (size.layers + 20)
-    sampling, updating = "sampling and scoring", "update"
-    return {
-        f"{sampling}: masters and moments (12 bytes a weight)": 12 * size.weights / parts,
-        f"{sampling}: the whole bfloat16 student": 2 * size.weights,
-        f"{sampling}: keys and values of {load.at_once} responses at their longest": load.at_once
-        * load.longest
-        * size.kv,
-        f"{updating}: masters, moments, gradients (16 bytes a weight)": 16 * size.weights / parts,
-        f"{updating}: bfloat16 layers that are there at once": network,
-        f"{updating}: activations of a micro-batch, layers recomputed": states,
-        f"{updating}: logits of a chunk, three times": 3 * 4 * 2.0**28,
-    }
-
-
-def seconds(size: Size, gpus: int, load: Load, machine: Machine) -> dict[str, float]:
-    """Return seconds of a step by activity; the teacher is as large as the student."""
-    tokens = load.responses * (load.prompt + load.mean)
-    rate = gpus * machine.flops * machine.use
-    rows = load.responses / gpus
-    reading = 2 * size.weights + rows * load.mean / 2 * size.kv
-    pull = load.longest * reading / (machine.bandwidth * machine.reach)
-    passes = tokens / gpus / load.micro
-    link_bytes = passes * (2 * 2 + 4) * size.weights * (gpus - 1) / gpus
-    return {
-        "rollout, until the longest response ends": pull,
-        "rollout, if no response were longer than the mean": pull * load.mean / load.longest,
-        "teacher's forward pass": 2 * size.weights * tokens / rate,
-        "student's forward pass for exact measures": 2 * size.weights * tokens / rate,
-        "update: forward, recomputed, backward": 8 * size.weights * tokens / rate,
-        "sharded weights and gradients over the links": link_bytes / (machine.link * machine.reach),
-    }
-
-
-def traffic(size: Size, load: Load) -> dict[str, float]:
-    """Return bytes moved in a step, besides the weights of layers, over all processes."""
-    supervised = load.responses * load.mean
-    padded = load.responses * load.longest
-    return {
-        "numbers of tokens for credit and denominators (20 columns, float32)": 20 * 4 * padded,
-        "teacher's top-K as tensors (ids 8, two log-probs 4 bytes)": supervised * load.k * 16,
-        "teacher's top-K as a server's JSON (86 bytes an entry, measured)": supervised
-        * load.k
-        * 86,
-        "weights to rollout servers, once": 2 * size.weights,
-        "sums of all metrics, once": 2.0**20,
-    }
-
-
-def table(heads: list[str], columns: list[dict[str, float]], scale: float, unit: str) -> str:
-    """Return a Markdown table."""
-    lines = [f"| {unit} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    lines += [
-        f"| {name} | " + " | ".join(f"{column[name] / scale:.3g}" for column in columns) + " |"
-        for name in columns[0]
-    ]
-    for phase in ("sampling", "update:") if unit.startswith("GB on") else ():
-        parts = [sum(x for name, x in c.items() if name.startswith(phase)) for c in columns]
-        sums = " | ".join(f"**{part / scale:.3g}**" for part in parts)
-        lines.append(f"| sum while {phase.rstrip(':')} | {sums} |")
-    return "\n".join(lines)
+PLACES = (("7b", 8, "none"), ("7b", 8, "full"), ("14b", 8, "full"), ("72b", 64, "full"))
+"""Size of a model, number of GPUs and sharding, for the tables of sizes."""
 
 
 def main() -> None:
-    load, machine = Load(), Machine()
-    places = [(SEVEN, 8, False), (SEVEN, 8, True), (FOURTEEN, 8, True), (SEVENTY, 64, True)]
-    heads = [
-        f"{size.name}, {gpus} GPUs, {'sharded' if sharded else 'whole'}"
-        for size, gpus, sharded in places
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of cases; default: all")
+    parser.add_argument("--sizes", action="store_true", help="plan 7B to 72B, measure nothing")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case is not None:
+        print(json.dumps(measure(CASES[args.case], args.folder)))
+        return
+    if args.sizes:
+        print(size_tables())
+        return
+    heads = "predicted MiB | measured MiB | error | predicted s | measured s | error"
+    print(f"| configuration | {heads} |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for number in args.cases if args.cases is not None else range(len(CASES)):
+        with tempfile.TemporaryDirectory() as folder:
+            make_models(Path(folder), CASES[number])
+            predicted = predict(CASES[number], Path(folder))
+            measured = run_process(number, folder)
+        cells = [CASES[number].name]
+        for name, unit in (("bytes", 2**20), ("seconds", 1.0)):
+            error = predicted[name] / measured[name] - 1
+            cells += [
+                f"{predicted[name] / unit:.3g}",
+                f"{measured[name] / unit:.3g}",
+                f"{error:+.0%}",
+            ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def size_tables() -> str:
+    """Return Markdown tables of memory and time of a step of 128 responses on H100 GPUs."""
+    from opd.analysis.plan.known_machines import GPUS
+    from opd.analysis.plan.plan import make_plan
+    from opd.config.recipes import paper_math
+
+    plans = {}
+    for size, gpus, sharding in PLACES:
+        config = with_settings(
+            paper_math(),
+            student=f"qwen2.5-{size}",
+            teacher=f"qwen2.5-{size}",
+            engine="hf",
+            prompts_per_step=128,
+            group_size=1,
+            generation_batch_size=8,
+            sharding=sharding,
+        )
+        head = f"{size.upper()}, {gpus} GPUs, {'sharded' if sharding == 'full' else 'whole'}"
+        plans[head] = make_plan(config, GPUS["H100"], gpus, prompt_tokens=200, mean_response=6000)
+    first = next(iter(plans.values()))
+    lines = ["| GB on each GPU (80) | " + " | ".join(plans) + " |", "|---|" + "---|" * len(plans)]
+    by_phase = [{phase.name: phase.bytes for phase in plan.phases} for plan in plans.values()]
+    for name in max(by_phase, key=len):
+        cells = [f"{sizes[name] / 1e9:.3g}" if name in sizes else "-" for sizes in by_phase]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    peaks = [f"**{plan.peak_bytes / 1e9:.3g}**" for plan in plans.values()]
+    lines.append(f"| peak with the reserve | {' | '.join(peaks)} |")
+    lines += [
+        "",
+        "| seconds of a step | " + " | ".join(plans) + " |",
+        "|---|" + "---|" * len(plans),
     ]
-    columns = [memory(size, gpus, load, sharded) for size, gpus, sharded in places]
-    print(table(heads, columns, GB, "GB on each GPU (80)"), end="\n\n")
-    places = places[1:]
-    columns = [seconds(size, gpus, load, machine) for size, gpus, _ in places]
-    print(table(heads[1:], columns, 1.0, "seconds of a step"), end="\n\n")
-    columns = [traffic(size, load) for size, _, _ in places]
-    print(table(heads[1:], columns, GB, "GB moved in a step"))
+    for number, part in enumerate(first.activities):
+        cells = [f"{plan.activities[number].seconds:.3g}" for plan in plans.values()]
+        lines.append(f"| {part.name} | {' | '.join(cells)} |")
+    sums = [f"**{plan.step_seconds:.3g}**" for plan in plans.values()]
+    lines.append(f"| sum | {' | '.join(sums)} |")
+    return "\n".join(lines)
+
+
+def make_models(folder: Path, case: Case) -> None:
+    """Save a random pair and a task whose problems have no answers, so that none is evaluated."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from opd.lab.build import make_tokenizer
+
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=case.vocabulary,
+            hidden_size=case.width,
+            intermediate_size=4 * case.width,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.width // 32,
+            num_key_value_heads=case.width // 64,
+            max_position_embeddings=case.response + 128,
+        )
+        network = Qwen2ForCausalLM(config)
+        network.generation_config.eos_token_id = case.vocabulary - 1  # of probability 1 / V
+        network.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": f"{i}+{i}*{i}"} for i in range(100, 100 + 32 * case.rows)]
+    (folder / "task.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def case_config(case: Case, folder: Path) -> Config:
+    """Return the settings of a case."""
+    config = with_settings(
+        Config(
+            student=str(folder / "student"),
+            teacher=str(folder / "teacher"),
+            out=str(folder / "run"),
+            steps=3,
+        ),
+        task=str(folder / "task.jsonl"),
+        answer_column="",
+        support_k=32,
+        max_prompt=30,
+        prompts_per_step=case.rows,
+        group_size=1,
+        max_response=case.response,
+        lr=1e-6,
+        eval_every=0,
+        save_every=0,
+        save_batch_every=0,
+        device="cpu",
+    )
+    return with_settings(config, **case.settings)
+
+
+def predict(case: Case, folder: Path) -> dict[str, float]:
+    """Return the predicted bytes and seconds of a step."""
+    from opd.analysis.plan.known_machines import find_machine
+    from opd.analysis.plan.plan import make_plan
+
+    plan = make_plan(case_config(case, folder), find_machine("cpu"))
+    return {"bytes": plan.peak_bytes, "seconds": plan.step_seconds}
+
+
+def run_process(number: int, folder: str) -> dict[str, float]:
+    """Measure a case in a new process with one thread."""
+    line = [sys.executable, "-m", "benchmarks.plan", "--case", str(number), "--folder", folder]
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | quiet, check=False
+    )
+    if process.returncode:
+        raise RuntimeError(f"case {number} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def resident_bytes(name: str) -> int:
+    """Return VmRSS, the resident memory of this process, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+def measure(case: Case, folder: Path) -> dict[str, float]:
+    """Train, and return the peak memory of two steps and the CPU seconds of the second."""
+    from opd.training import train as trainer
+
+    warm_up()
+    before = resident_bytes("VmRSS")
+    step = trainer.run_step
+    peaks, seconds = [0], [0.0]
+
+    def measured_step(state: Any, number: int, log: Any) -> Any:
+        if number == 0:
+            Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        elif number == 2:
+            peaks.append(resident_bytes("VmHWM"))
+        start = time.process_time()
+        row = step(state, number, log)
+        seconds.append(time.process_time() - start)
+        return row
+
+    trainer.run_step = measured_step
+    trainer.train(case_config(case, folder))
+    return {"bytes": peaks[-1] - before, "seconds": seconds[2]}
+
+
+def warm_up() -> None:
+    """Load the code of models, so that it is not taken for memory of the run."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    network = Qwen2ForCausalLM(config)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    network(ids).logits.log_softmax(-1).sum().backward()
+    torch.optim.AdamW(network.parameters()).step()
+    network.generate(ids, max_new_tokens=2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ COMMANDS = {
     "map": ("opd.experiments.regimes.command", "train methods on pairs of models in many regimes"),
     "paper": ("opd.experiments.paper", "train every method of the paper's comparisons"),
     "doctor": ("opd.cli.doctor", "check a student and a teacher before training"),
+    "plan": ("opd.cli.plan", "predict memory and time of a run before training"),
     "scout": ("opd.cli.scout", "measure a pair before training, and forecast the outcome"),
     "audit": ("opd.cli.audit", "say what a distillation loss estimates, and which faults it has"),
     "train": ("opd.cli.train", "distil a teacher into a student: RECIPE [--field value]"),

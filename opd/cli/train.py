@@ -125,11 +125,13 @@ def main(argv: list[str]) -> None:
     if options.show:
         print(to_toml(options.settings), end="")
         return
+    from opd.analysis.plan.start import print_prediction
     from opd.runs.hub import check_push
     from opd.training.train import train
 
     if options.push:
         check_push(options.push)
+    print_prediction(options.settings)
     result = train(options.settings, options.anew)
     if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
         from diagnostics.records.run_folder import RunFolder

@@ -127,7 +127,7 @@ def options_of(command: str) -> set[str]:
     """Return the options that the generated pages list for a command."""
     text = DOCUMENTS["docs/commands.md"].split(f"\n## opd {command}\n")[1].split("\n## ")[0]
     options = set(re.findall(r"--[a-z][a-z-]*", text))
-    if command == "train":
+    if command in ("train", "plan"):
         names = re.findall(r"^\| `(\w+)`<br>", DOCUMENTS["docs/settings.md"], re.M)
         options |= {"--" + name.replace("_", "-") for name in names}
     return options

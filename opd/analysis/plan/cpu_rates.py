@@ -1,0 +1,103 @@
+"""Rates of the CPU at hand, measured in half a second."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from opd.analysis.plan.counts import OperationCounter
+from opd.analysis.plan.machines import GB, Machine
+
+NO_RATES = Machine(
+    name="none",
+    kind="cpu",
+    memory=1.0,
+    half_flops=1.0,
+    float32_flops=1.0,
+    bandwidth=1.0,
+    elementwise_bandwidth=1.0,
+)
+"""A machine for counts whose seconds are not read."""
+
+
+def measure_cpu(seconds: float = 0.5) -> Machine:
+    """Measure the rates of this process's CPU with its number of threads.
+
+    Process time divided by the number of threads is used, so that other processes count less.
+
+    Args:
+        seconds: Time for all measurements.
+
+    Returns:
+        The machine; its shares are 1, since attained rates are measured.
+    """
+    part = seconds / 5
+    with torch.no_grad():
+        a, b = torch.rand(256, 1024), torch.rand(1024, 1024)
+        half_a, half_b = a.bfloat16(), b.bfloat16()
+        large = torch.rand(1 << 24)
+        target = torch.empty_like(large)
+        logits = torch.rand(64, 32768)
+        product = 2.0 * 256 * 1024 * 1024
+        flops = product / _seconds_of(lambda: a @ b, part)
+        half_flops = product / _seconds_of(lambda: half_a @ half_b, part)
+        bandwidth = 2 * large.nbytes / _seconds_of(lambda: target.copy_(large), part)
+        softmax = 2 * logits.nbytes / _seconds_of(lambda: logits.log_softmax(-1), part)
+    start = _start_seconds(part)
+    return Machine(
+        name=f"this CPU, {torch.get_num_threads()} threads",
+        kind="cpu",
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        half_flops=half_flops,
+        float32_flops=flops,
+        bandwidth=bandwidth,
+        elementwise_bandwidth=softmax,
+        flops_share=1.0,
+        bandwidth_share=1.0,
+        seconds_per_operation=start,
+        seconds_per_token=0.0,
+        fixed_reserve=0.14 * GB,
+        fragmentation=0.06,
+    )
+
+
+def _start_seconds(seconds: float) -> float:
+    """Return the seconds to start an operation of a model, Python included.
+
+    They are measured on a model that is so small that it computes nothing to speak of.
+
+    Args:
+        seconds: Time for the measurement.
+
+    Returns:
+        The seconds.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network = Qwen2ForCausalLM(config).eval()
+        step = partial(network, torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+        with OperationCounter(NO_RATES) as counter:
+            step()
+        return _seconds_of(step, seconds) / counter.operations
+
+
+def _seconds_of(operation: Callable[[], object], seconds: float) -> float:
+    """Return the CPU seconds of an operation and thread, repeated for some time."""
+    operation()
+    count, start, cpu_start = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds or not count:
+        operation()
+        count += 1
+    return (time.process_time() - cpu_start) / count / torch.get_num_threads()

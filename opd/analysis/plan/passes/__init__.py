@@ -1,0 +1,1 @@
+"""The passes of a step, counted on the meta device with the code that training runs."""
