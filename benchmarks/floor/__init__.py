@@ -1,0 +1,1 @@
+"""The floor of a training step: the time of its bare matrix products."""
