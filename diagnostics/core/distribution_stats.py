@@ -8,7 +8,7 @@ exist at once; on a CPU a chunk is split again into blocks that fit its cache.
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 19
 
 
 @torch.no_grad()
@@ -52,9 +52,9 @@ def compute_distribution_stats(
 def _block(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """Compute the statistics of one block of n tokens.
 
-    Branches cost more than arithmetic here, hence signs and clamps. -inf is raised to the least
-    finite number, which p = 0 cancels; where p > 0, the square exceeds any real one, which marks
-    the divergence as infinite.
+    Branches cost more than arithmetic here, hence comparisons into floats and clamps. -inf is
+    raised to the least finite number, which p = 0 cancels; where p > 0, the square exceeds any real
+    one, which marks the divergence as infinite.
 
     Args:
         student_logp: (n, V).
@@ -74,19 +74,19 @@ def _block(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[s
         "teacher_entropy": teacher_entropy,
         "forward_kl": (-q.mul(student).sum(-1) - teacher_entropy).clamp(max=1e30),
         "teacher_max": q.amax(-1),
-        "teacher_rank": 1 + torch.sub(teacher, sampled, out=q).sign_().clamp_(min=0).sum(-1),
+        "teacher_rank": 1 + torch.gt(teacher, sampled, out=q).sum(-1),
     }
     ratio, weighted = torch.sub(student, teacher, out=teacher), torch.mul(p, student, out=q)
     stats["student_entropy"] = -weighted.sum(-1)
     stats["surprise_square"] = weighted.mul_(student).sum(-1)
     stats["collision"] = torch.mul(p, p, out=student).sum(-1)
-    stats["overrated"] = torch.sign(ratio, out=student).clamp_(min=0).mul_(p).sum(-1)
+    stats["overrated"] = torch.gt(ratio, 0, out=student).mul_(p).sum(-1)
     weighted = torch.mul(p, ratio, out=weighted)
     square = torch.mul(weighted, ratio, out=student).sum(-1)
     cost_stats = {
         "reverse_kl": weighted.sum(-1),
         "ratio_square": square,
         "square_ratio": p.mul_(weighted).sum(-1),
-        "square_ratio_square": weighted.square_().sum(-1),
+        "square_ratio_square": weighted.mul_(weighted).sum(-1),
     }
     return stats | {k: x.masked_fill(square > 1e30, torch.inf) for k, x in cost_stats.items()}

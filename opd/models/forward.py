@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
-from opd.models.lm_head import apply_temperature
+from opd.models.lm_head import Head, apply_temperature
 from opd.models.model import CausalLM
 
 
@@ -63,4 +63,15 @@ def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[li
 
 def log_probabilities(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
     """Return the (n, V) float32 log-softmax of (n, D) states at a temperature."""
-    return apply_temperature(model.head.logits(hidden), temperature).log_softmax(-1)
+    head = model.head
+    return product_logp(head, head.products(hidden), temperature)
+
+
+def product_logp(head: Head, products: Tensor, temperature: float) -> Tensor:
+    """Return the (n, V) log-softmax of (n, R) products with the head's rows at a temperature."""
+    return product_logits(head, products, temperature).log_softmax(-1)
+
+
+def product_logits(head: Head, products: Tensor, temperature: float) -> Tensor:
+    """Return the (n, V) logits of (n, R) products with the head's rows over a temperature."""
+    return apply_temperature(head.shape_products(products[:, : head.vocabulary]), temperature)

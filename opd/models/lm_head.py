@@ -16,6 +16,14 @@ from torch.nn.functional import linear
 from diagnostics.errors import InvalidInput
 from opd.models.gathered_head import gathered_product
 
+CPU_BLOCK, CPU_CHUNK = 1 << 19, 1 << 22
+"""Largest numbers of elements: of a block that stays in the cache, and of an array whose memory the
+allocator reuses (2 and 16 MiB of float32). Larger arrays are mapped anew each time, which costs as
+much as filling them.
+"""
+CPU_CHUNK_TOKENS = 64
+"""Tokens of a chunk in any case: with fewer, products would wait for the rows of the head."""
+
 
 @dataclass(frozen=True, eq=False)
 class LmHead:
@@ -194,6 +202,44 @@ def chunk_slices(count: int, vocabulary: int, max_elements: int) -> list[slice]:
     """Return slices of at most max_elements / vocabulary tokens, and of at least one."""
     size = max(1, max_elements // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def block_slices(chunk: slice, vocabulary: int, max_elements: int | None) -> list[slice]:
+    """Split a slice of tokens as `chunk_slices` does; a single block if `max_elements` is None.
+
+    Args:
+        chunk: Slice of tokens.
+        vocabulary: Numbers of a token.
+        max_elements: Numbers of a block.
+
+    Returns:
+        The blocks, slices of the same tokens as the chunk.
+    """
+    if max_elements is None:
+        return [chunk]
+    blocks = chunk_slices(chunk.stop - chunk.start, vocabulary, max_elements)
+    return [slice(chunk.start + b.start, chunk.start + b.stop) for b in blocks]
+
+
+def cached_elements(device: torch.device) -> int | None:
+    """Return how many float32 numbers of a block stay in a CPU's cache; None elsewhere."""
+    return CPU_BLOCK if device.type == "cpu" else None
+
+
+def chunk_elements(max_elements: int, vocabulary: int, device: torch.device) -> int:
+    """Return how many elements a chunk may have: `max_elements`, fewer on a CPU (`CPU_CHUNK`).
+
+    Args:
+        max_elements: Numbers that may exist at once.
+        vocabulary: Numbers of a token.
+        device: Where they are computed.
+
+    Returns:
+        The numbers of a chunk.
+    """
+    if device.type != "cpu":
+        return max_elements
+    return min(max_elements, max(CPU_CHUNK, CPU_CHUNK_TOKENS * vocabulary))
 
 
 def two_stage_topk(logits: Tensor, k: int, block: int = 128) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
 """A loss of chunks of tokens from the products of all head rows, with gradient in one pass.
 
-Shapes: N flat tokens, n tokens of a chunk, D hidden size, R rows of the head.
+The products of a chunk and their gradients are matrix products over all its tokens. What lies
+between them is computed in blocks of a chunk, which on a CPU fit its cache.
+
+Shapes: N flat tokens, n tokens of a block, D hidden size, R rows of the head.
 """
 
 from collections.abc import Callable
@@ -11,13 +14,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diagnostics.errors import OperationFailed
-from opd.models.lm_head import Head, chunk_slices
+from opd.models.lm_head import Head, block_slices, chunk_slices
 
-ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
+BlockLoss = Callable[[Tensor, slice], Tensor]
+"""Function of the (n, R) products of a block and its slice of the tokens that returns a scalar."""
+ChunkLoss = Callable[[slice], BlockLoss]
+"""Prepares a chunk, whose slice of the tokens it gets, and returns the loss of its blocks."""
 
 
-def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, max_elements: int) -> Tensor:
+def chunked_loss(
+    hidden: Tensor,
+    head: Head,
+    loss: ChunkLoss,
+    max_elements: int,
+    block_elements: int | None = None,
+) -> Tensor:
     """Return the sum of `loss` over chunks of tokens, with gradient to hidden states and head.
 
     Neither forward nor backward keeps (N, R) values; gradients of the head are summed in float32.
@@ -28,11 +39,14 @@ def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, max_elements: int)
         head: The student's head.
         loss: Loss of a chunk.
         max_elements: Products that exist at once.
+        block_elements: Products of a block; None if each chunk is a single block.
 
     Returns:
         Scalar loss.
     """
-    total: Tensor = _ChunkedLoss.apply(head, loss, max_elements, hidden, *head.parameters)
+    total: Tensor = _ChunkedLoss.apply(
+        head, loss, max_elements, block_elements, hidden, *head.parameters
+    )
     return total
 
 
@@ -43,10 +57,11 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         loss: ChunkLoss,
         max_elements: int,
+        block_elements: int | None,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        wants_hidden, *wanted = ctx.needs_input_grad[3:]
+        wants_hidden, *wanted = ctx.needs_input_grad[4:]
         hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
         sums = [
             torch.zeros_like(x, dtype=_sum_dtype(x)) if wants_gradient else None
@@ -54,17 +69,24 @@ class _ChunkedLoss(torch.autograd.Function):
         ]
         total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
         for c in chunk_slices(len(hidden), head.num_products(hidden), max_elements):
-            z = head.products(hidden[c])
-            if not any((wants_hidden, *wanted)):
-                total += loss(z, c)
-                continue
-            with torch.enable_grad():
-                value = loss(z.requires_grad_(), c)
-            (dz,) = torch.autograd.grad(value, z)
-            total += value.detach()
+            z, block_loss = head.products(hidden[c]), loss(c)
+            wants_gradient = any((wants_hidden, *wanted))
+            is_view = z.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+            dz = torch.empty_like(z) if wants_gradient and is_view else z  # in place of products
+            for block in block_slices(c, z.shape[1], block_elements):
+                rows = slice(block.start - c.start, block.stop - c.start)
+                if not wants_gradient:
+                    total += block_loss(z[rows], block)
+                    continue
+                leaf = z[rows].detach().requires_grad_()
+                with torch.enable_grad():
+                    value = block_loss(leaf, block)
+                dz[rows] = torch.autograd.grad(value, leaf)[0]
+                total += value.detach()
             if hidden_gradient is not None:
                 hidden_gradient[c] = head.backproject(dz, hidden.shape[1])
-            head.add_parameter_gradients(sums, dz, hidden[c])
+            if wants_gradient:
+                head.add_parameter_gradients(sums, dz, hidden[c])
         ctx.gradients = [hidden_gradient, *sums]
         ctx.dtypes = [x.dtype for x in (hidden, *parameters)]
         return total
@@ -81,7 +103,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if x is None else x.mul_(scale).to(dtype)
             for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (None, None, None, *scaled)
+        return (None, None, None, None, *scaled)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

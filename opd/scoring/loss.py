@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
-from opd.models.lm_head import apply_temperature, chunk_slices
+from opd.models.forward import (
+    micro_batches,
+    product_logits,
+    product_logp,
+    response_hidden_states,
+)
+from opd.models.lm_head import apply_temperature, cached_elements, chunk_elements, chunk_slices
 from opd.models.model import CausalLM
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective, token_weights, weighted_losses
 from opd.objectives.reduction import DENOMINATORS
-from opd.scoring.chunked_loss import ChunkLoss, chunked_loss
+from opd.scoring.chunked_loss import BlockLoss, ChunkLoss, chunked_loss
 from opd.scoring.score import ScoredBatch
 from opd.scoring.user_loss import user_loss_from_hidden
 from opd.teachers.teacher import Teacher
@@ -230,7 +235,8 @@ def loss_from_hidden(
             objective, replace(inputs, logp=logp, support_logp=logits[:, :k])
         ).sum()
     chunk_loss = make_chunk_loss(student, objective, inputs, teacher, teacher_hidden, temperature)
-    return chunked_loss(hidden, head, chunk_loss, max_logits_per_chunk)
+    size = chunk_elements(max_logits_per_chunk, head.num_products(hidden), hidden.device)
+    return chunked_loss(hidden, head, chunk_loss, size, cached_elements(hidden.device))
 
 
 def make_chunk_loss(
@@ -241,7 +247,7 @@ def make_chunk_loss(
     teacher_hidden: Tensor | None,
     temperature: float,
 ) -> ChunkLoss:
-    """Build the loss of a chunk of tokens as a function of the products of all head rows.
+    """Build the loss of chunks of tokens as a function of the products of all head rows.
 
     Args:
         student: The student.
@@ -264,20 +270,29 @@ def make_chunk_loss(
             "missing; pass the teacher and keep its states when the batch is scored"
         )
 
-    def chunk_loss(z: Tensor, c: slice) -> Tensor:
-        logits = apply_temperature(head.shape_products(z[:, : head.vocabulary]), temperature)
-        y, part = tokens[c, None], inputs.part(c)
+    def chunk_loss(chunk: slice) -> BlockLoss:
+        teacher_products: Tensor | None = None
         if is_full and teacher is not None and teacher_hidden is not None:
-            p = logits.log_softmax(-1)
-            with torch.no_grad():
-                q = log_probabilities(teacher, teacher_hidden[c], temperature)
-            part = replace(part, logp=p.gather(-1, y)[:, 0], support_logp=p, teacher_support_logp=q)
-        else:
-            support_ids = y if part.ids is None else torch.cat([y, part.ids], 1)
-            logp = logits.gather(-1, support_ids) - logits.logsumexp(-1, keepdim=True)
-            support_logp = None if part.ids is None else logp[:, 1:]
-            part = replace(part, logp=logp[:, 0], support_logp=support_logp)
-        return weighted_losses(objective, part).sum()
+            teacher_products = teacher.head.products(teacher_hidden[chunk])
+
+        def block_loss(z: Tensor, block: slice) -> Tensor:
+            logits = product_logits(head, z, temperature)
+            y, part = tokens[block, None], inputs.part(block)
+            if teacher is not None and teacher_products is not None:
+                p = logits.log_softmax(-1)
+                rows = slice(block.start - chunk.start, block.stop - chunk.start)
+                with torch.no_grad():
+                    q = product_logp(teacher.head, teacher_products[rows], temperature)
+                logp = p.gather(-1, y)[:, 0]
+                part = replace(part, logp=logp, support_logp=p, teacher_support_logp=q)
+            else:
+                support_ids = y if part.ids is None else torch.cat([y, part.ids], 1)
+                logp = logits.gather(-1, support_ids) - logits.logsumexp(-1, keepdim=True)
+                support_logp = None if part.ids is None else logp[:, 1:]
+                part = replace(part, logp=logp[:, 0], support_logp=support_logp)
+            return weighted_losses(objective, part).sum()
+
+        return block_loss
 
     return chunk_loss
 
@@ -315,7 +330,7 @@ def product_gradients(
     for c in chunk_slices(len(hidden), head.vocabulary, max_logits_per_chunk):
         with torch.enable_grad():
             z = head.products(hidden[c]).requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(z, c), z)
+            (gradient,) = torch.autograd.grad(loss(c)(z, c), z)
         yield c, gradient[:, : head.vocabulary]
 
 

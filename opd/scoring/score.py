@@ -17,11 +17,19 @@ from diagnostics.missing import Missing
 from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.data.prompts import Prompts
 from opd.models.forward import (
-    log_probabilities,
     micro_batches,
+    product_logits,
+    product_logp,
     response_hidden_states,
 )
-from opd.models.lm_head import apply_temperature, chunk_slices, two_stage_topk
+from opd.models.lm_head import (
+    apply_temperature,
+    block_slices,
+    cached_elements,
+    chunk_elements,
+    chunk_slices,
+    two_stage_topk,
+)
 from opd.models.model import CausalLM
 from opd.objectives.requirements import Requirements
 from opd.objectives.support import JOINT_SUPPORTS
@@ -239,26 +247,33 @@ def _token_columns(
             if request.requirements.support == "full":
                 store("teacher_hidden", positions, teacher_states)
         tokens = tokens[sampled]
-        for c in chunk_slices(len(tokens), student.vocabulary, request.max_logits_per_chunk):
-            if is_local and sampler_logp is None:
-                p = log_probabilities(student, states[c], temperature)
-                q = log_probabilities(teacher.model, teacher_states[c], temperature)
-                values = _full_columns(p, q, tokens[c], request)
-            elif not has_teacher:
-                p = log_probabilities(student, states[c], temperature)
-                values = {"student_logp": p.gather(-1, tokens[c][:, None])[:, 0]}
-            else:
-                if answers is not None:
-                    top_k = answers.select(positions[c])
+        reads_student = sampler_logp is None
+        size = chunk_elements(request.max_logits_per_chunk, student.vocabulary, states.device)
+        for c in chunk_slices(len(tokens), student.vocabulary, size):
+            # products of a chunk at once, everything else in blocks that fit a CPU's cache
+            p_products = student.head.products(states[c]) if reads_student else None
+            q_products = teacher.model.head.products(teacher_states[c]) if is_local else None
+            for b in block_slices(c, student.vocabulary, cached_elements(states.device)):
+                rows = slice(b.start - c.start, b.stop - c.start)
+                p, q_logits = None, None
+                if p_products is not None:
+                    p = product_logp(student.head, p_products[rows], temperature)
+                if q_products is not None:
+                    q_logits = product_logits(teacher.model.head, q_products[rows], temperature)
+                if p is not None and q_logits is not None:
+                    values = _full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
+                elif p is not None and not has_teacher:
+                    values = {"student_logp": p.gather(-1, tokens[b, None])[:, 0]}
                 else:
-                    logits = apply_temperature(
-                        teacher.model.head.logits(teacher_states[c]), temperature
-                    )
-                    top_k = _teacher_top_k(logits, tokens[c], k)
-                logp = None if sampler_logp is None else sampler_logp[positions[c]].float()
-                values = _top_k_columns(student, states[c], tokens[c], top_k, logp, request)
-            for name, value in values.items():
-                store(name, positions[c], value)
+                    if q_logits is not None:
+                        top_k = _teacher_top_k(q_logits, tokens[b], k)
+                    else:
+                        assert answers is not None
+                        top_k = answers.select(positions[b])
+                    logp = None if sampler_logp is None else sampler_logp[positions[b]].float()
+                    values = _top_k_columns(student, states[b], tokens[b], top_k, p, logp, request)
+                for name, value in values.items():
+                    store(name, positions[b], value)
     return columns
 
 
@@ -349,6 +364,7 @@ def _top_k_columns(
     states: Tensor,
     tokens: Tensor,
     top_k: tuple[Tensor, Tensor, Tensor],
+    p: Tensor | None,
     logp: Tensor | None,
     request: ScoreRequest,
 ) -> dict[str, Tensor]:
@@ -359,8 +375,8 @@ def _top_k_columns(
         states: (n, D) student states.
         tokens: (n,) sampled tokens.
         top_k: (n, K) ids of the teacher, their log-probabilities, and (n,) those of the tokens.
-        logp: (n,) log-probabilities of the tokens under the sampler's softmax; None to compute the
-            student's.
+        p: (n, V) log-probabilities of the student; None where `logp` is given.
+        logp: (n,) log-probabilities of the tokens under the sampler's softmax.
         request: What is needed.
 
     Returns:
@@ -370,12 +386,12 @@ def _top_k_columns(
     y, present = tokens[:, None], None
     if request.map_eos and request.eos_map is not None:
         ids, present = student_support(ids, request.eos_map)
-    if logp is not None:
+    if p is None:
+        assert logp is not None
         logits = student.head.gather(states, torch.cat([y, ids], 1))
         z = apply_temperature(logits, request.temperature)
         student_support_logp = (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0)
     else:
-        p = log_probabilities(student, states, request.temperature)
         logp, student_support_logp = p.gather(-1, y)[:, 0], p.gather(-1, ids)
         if request.source in JOINT_SUPPORTS:
             present = JOINT_SUPPORTS[request.source](ids, two_stage_topk(p, ids.shape[1])[1])[1]

@@ -13,7 +13,7 @@ from diagnostics.batch import Rollouts
 from diagnostics.ragged import flat_index
 from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
-from opd.models.lm_head import chunk_slices, two_stage_topk
+from opd.models.lm_head import chunk_elements, chunk_slices, two_stage_topk
 from opd.scoring.chosen_ids import query_teacher
 from opd.scoring.score import ScoreRequest
 from opd.teachers.remote_scores import TeacherScores
@@ -58,7 +58,9 @@ def score_teacher(
         positions = token_index[rows][:, : sampled.shape[1]][sampled]
         tokens = micro_batch.tokens[sampled]
         states = response_hidden_states(teacher.model, micro_prompts, micro_batch, sampled)
-        for c in chunk_slices(len(tokens), teacher.model.vocabulary, request.max_logits_per_chunk):
+        vocabulary = teacher.model.vocabulary
+        size = chunk_elements(request.max_logits_per_chunk, vocabulary, states.device)
+        for c in chunk_slices(len(tokens), vocabulary, size):
             q = log_probabilities(teacher.model, states[c], request.temperature)
             ids = two_stage_topk(q, k)[1]
             store("ids", positions[c], ids)

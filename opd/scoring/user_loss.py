@@ -83,4 +83,4 @@ def user_loss_from_hidden(
         return loss(loss_values(loss, dense, constants, k))
 
     num_products = max(1, len(hidden) * head.num_products(hidden))
-    return chunked_loss(hidden, head, whole_step, num_products)
+    return chunked_loss(hidden, head, lambda _: whole_step, num_products)

@@ -207,7 +207,9 @@ def test_split_models_have_their_own_logits_and_gradients(name: str) -> None:
         z = z[:, :57] * model.head.scale
         return cap(z, model.head.softcap).logsumexp(-1).square().sum()
 
-    loss = gathered.log_softmax(-1)[:, 0].sum() + chunked_loss(hidden, model.head, logits_loss, 200)
+    loss = gathered.log_softmax(-1)[:, 0].sum() + chunked_loss(
+        hidden, model.head, lambda _: logits_loss, 200
+    )
     dense_loss = (
         model_logits.gather(1, token_ids).log_softmax(-1)[:, 0].sum()
         + model_logits.logsumexp(-1).square().sum()
@@ -252,7 +254,9 @@ def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:
     model_logits, hidden, token_ids, _ = probe(net, model)
     assert isinstance(model.head, LogitsHead)
     loss = model.head.gather(hidden, token_ids).log_softmax(-1)[:, 0].sum()
-    loss = loss + chunked_loss(hidden, model.head, lambda z, _: z[:, :57].logsumexp(-1).sum(), 200)
+    loss = loss + chunked_loss(
+        hidden, model.head, lambda _: lambda z, _: z[:, :57].logsumexp(-1).sum(), 200
+    )
     dense_loss = (
         model_logits.gather(1, token_ids).log_softmax(-1)[:, 0].sum()
         + model_logits.logsumexp(-1).sum()

@@ -34,6 +34,12 @@ HEADS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split chunks into blocks of two tokens, as those of a large vocabulary are."""
+    monkeypatch.setattr("opd.models.lm_head.CPU_BLOCK", 2 * V)
+
+
 def a_head(seed: int, bias: bool = False, rows: int = V, **shape: float) -> LmHead:
     offset = normal(rows, seed=seed + 1).requires_grad_() if bias else None
     return LmHead(normal(rows, D, seed=seed).requires_grad_(), V, offset, **shape)
@@ -177,7 +183,7 @@ def test_a_frozen_head_has_no_gradient_and_costs_none() -> None:
     hidden, ids = normal(9, D, seed=1).requires_grad_(), torch.zeros((9, 2), dtype=torch.long)
     for loss in (
         head.gather(hidden, ids).square().sum(),
-        chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V),
+        chunked_loss(hidden, head, lambda _: lambda z, _: z.logsumexp(-1).sum(), 2 * V),
     ):
         with Sizes() as sizes:
             loss.backward()
@@ -187,11 +193,11 @@ def test_a_frozen_head_has_no_gradient_and_costs_none() -> None:
 
 def test_a_chunked_loss_has_its_gradient_once_and_a_value_without() -> None:
     head, hidden = a_head(1), normal(9, D).requires_grad_()
-    loss = chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V)
+    loss = chunked_loss(hidden, head, lambda _: lambda z, _: z.logsumexp(-1).sum(), 2 * V)
     torch.testing.assert_close(loss, dense(hidden, head).logsumexp(-1).sum())
     with torch.no_grad():
         torch.testing.assert_close(
-            chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V), loss
+            chunked_loss(hidden, head, lambda _: lambda z, _: z.logsumexp(-1).sum(), 2 * V), loss
         )
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already called"):
@@ -202,7 +208,9 @@ def test_the_gradient_of_a_half_precision_head_adds_up_in_float32() -> None:
     """400 chunks of one token: a sum in bfloat16 would lose most of them."""
     hidden = normal(400, D).abs().bfloat16()
     weight = normal(V, D, seed=1).bfloat16().requires_grad_()
-    chunked_loss(hidden, LmHead(weight, V), lambda z, _: z.logsumexp(-1).sum(), V).backward()
+    chunked_loss(
+        hidden, LmHead(weight, V), lambda _: lambda z, _: z.logsumexp(-1).sum(), V
+    ).backward()
     exact = weight.detach().double().requires_grad_()
     (hidden.double() @ exact.T).logsumexp(-1).sum().backward()
     assert largest((weight.grad,), (exact.grad,)) < 8e-3

@@ -20,6 +20,12 @@ from opd.tokens.eos import EosMap
 from tests.helpers.requests import full_request, lean_request
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split chunks into blocks of a few tokens, as those of a large vocabulary are."""
+    monkeypatch.setattr("opd.models.lm_head.CPU_BLOCK", 1000)
+
+
 @pytest.fixture(scope="module")
 def rolled(two_layer_pair) -> tuple[ModelPair, Prompts, Rollouts]:
     pair = load_pair(*map(str, two_layer_pair), "cpu", "float32")
