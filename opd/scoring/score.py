@@ -254,12 +254,12 @@ def _token_columns(
             p_products = student.head.products(states[c]) if reads_student else None
             q_products = teacher.model.head.products(teacher_states[c]) if is_local else None
             for b in block_slices(c, student.vocabulary, cached_elements(states.device)):
-                rows = slice(b.start - c.start, b.stop - c.start)
+                part = slice(b.start - c.start, b.stop - c.start)
                 p, q_logits = None, None
                 if p_products is not None:
-                    p = product_logp(student.head, p_products[rows], temperature)
+                    p = product_logp(student.head, p_products[part], temperature)
                 if q_products is not None:
-                    q_logits = product_logits(teacher.model.head, q_products[rows], temperature)
+                    q_logits = product_logits(teacher.model.head, q_products[part], temperature)
                 if p is not None and q_logits is not None:
                     values = _full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
                 elif p is not None and not has_teacher:

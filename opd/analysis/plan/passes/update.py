@@ -199,7 +199,8 @@ def dense_loss(model: CausalLM, hidden: Tensor) -> Tensor:
         logits = head.shape_products(products[:, : head.vocabulary])
         return torch.zeros_like(logits).copy_(logits).log_softmax(-1).sum()
 
-    return chunked_loss(hidden, head, loss, max(1, len(hidden) * head.num_products(hidden)))
+    num_products = max(1, len(hidden) * head.num_products(hidden))
+    return chunked_loss(hidden, head, lambda _: loss, num_products)
 
 
 def count_optimizer(student: MetaNetwork, machine: Machine) -> Counts:
