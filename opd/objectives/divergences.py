@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+HUGE = 1e6
+"""Nats that no divergence of positive probabilities reaches."""
+
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, limit: float = math.inf) -> Tensor:
     """Return sum_v p (log p - log q) over the last axis; KL(p || q) if both sum to 1 there.
@@ -17,11 +20,12 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, limit: float = math.i
             only the weight does. The result is then no divergence and can be negative.
 
     Returns:
-        (...) exact sums; an id with p = 0 contributes 0, one with p > 0 = q at least 1e30 p.
+        (...) exact sums; an id with p = 0 contributes 0; infinite where p > 0 = q.
     """
     ratio = _finite(student_logp) - _finite(teacher_logp.detach())
-    ratio = ratio if limit == math.inf else ratio.clamp(-limit, limit)
-    return (student_logp.exp() * ratio).sum(-1)
+    if limit < math.inf:
+        return (student_logp.exp() * ratio.clamp(-limit, limit)).sum(-1)
+    return _infinite_if_huge((student_logp.exp() * ratio).sum(-1))
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -34,10 +38,11 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
         teacher_logp: (..., K) log q; no gradient flows through it.
 
     Returns:
-        (...) exact sums; an id with q = 0 contributes 0, one with q > 0 = p at least 1e30 q.
+        (...) exact sums; an id with q = 0 contributes 0; infinite where q > 0 = p.
     """
     target_logp = teacher_logp.detach()
-    return (target_logp.exp() * (_finite(target_logp) - _finite(student_logp))).sum(-1)
+    ratio = _finite(target_logp) - _finite(student_logp)
+    return _infinite_if_huge((target_logp.exp() * ratio).sum(-1))
 
 
 def jensen_shannon(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
@@ -73,6 +78,15 @@ def _finite(logp: Tensor) -> Tensor:
     """
     lowest = torch.finfo(logp.dtype).min
     return threshold(logp, lowest, lowest)
+
+
+def _infinite_if_huge(divergence: Tensor) -> Tensor:
+    """Make a divergence infinite that contains a log-probability which `_finite` has raised.
+
+    Its gradient is infinite, too, so that the optimizer skips the step.
+    """
+    factor = torch.where(divergence.detach() > HUGE, math.inf, 1.0)
+    return divergence * factor.to(divergence.dtype)
 
 
 def renormalise(logp: Tensor) -> Tensor:
