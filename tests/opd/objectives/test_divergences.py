@@ -1,4 +1,4 @@
-"""Divergences where a probability is 0: nothing where it is the weight's, infinite where it is not."""
+"""Divergences where a probability is 0: nothing for a weight of 0, infinite for the other."""
 
 import math
 

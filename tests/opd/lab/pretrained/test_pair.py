@@ -1,6 +1,7 @@
 """The taught pair on a tiny random model: merging, learning, resumption and refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ CONFIG = TeachingConfig(
     max_prompt=128,
     max_response=112,
     steps=8,
+    student_steps=2,
     responses_per_step=2,
     lr=5e-2,
     lora_rank=4,
@@ -33,7 +35,7 @@ CONFIG = TeachingConfig(
 )
 
 
-def save_random_student(folder: Path) -> None:
+def save_random_model(folder: Path) -> None:
     """Save a tiny random model whose tokens are the frequent words of the problems."""
     problems = draw_splits({"all": 200}, seed=0)["all"]
     tokenizer = make_tokenizer(texts=[f"{p.prompt}\n{p.solution}" for p in problems])
@@ -44,9 +46,9 @@ def save_random_student(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair on a random student, whose teacher is right as often as it: never."""
+    """A pair of a random model, whose teacher is right as often as the student: never."""
     folder = tmp_path_factory.mktemp("taught")
-    save_random_student(folder / "student")
+    save_random_model(folder / pair.PACKAGED)
     with pytest.raises(OperationFailed, match="the teacher solves 0 of 2 problems and the student"):
         pair.build(folder, CONFIG)
     return folder
@@ -66,32 +68,47 @@ def dense_loss(network: Any, tokenizer: Any, row: dict[str, str]) -> float:
 
 
 @torch.no_grad()
-def test_the_teacher_is_the_student_with_its_adapters_merged(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_model_is_the_packaged_one_with_its_adapters_merged(folder: Path, name: str) -> None:
     from peft import PeftModel
 
-    _, student = load_model(str(folder / "student"), "cpu", "float32")
-    _, teacher = load_model(str(folder / "teacher"), "cpu", "float32")
+    _, packaged = load_model(str(folder / pair.PACKAGED), "cpu", "float32")
+    _, taught = load_model(str(folder / name), "cpu", "float32")
     ids = torch.arange(24).reshape(2, 12)
-    student_logits = student(ids).logits.clone()
-    adapter = folder / "teaching" / "final" / "adapter"
-    with_adapters = PeftModel.from_pretrained(student, str(adapter)).eval()
-    torch.testing.assert_close(teacher(ids).logits, with_adapters(ids).logits, atol=1e-5, rtol=0)
-    assert (teacher(ids).logits - student_logits).abs().max() > 1e-2
-    names = {path.name for path in (folder / "teacher").iterdir()}
+    packaged_logits = packaged(ids).logits.clone()
+    adapter = folder / "teaching" / name / "final" / "adapter"
+    with_adapters = PeftModel.from_pretrained(packaged, str(adapter)).eval()
+    torch.testing.assert_close(taught(ids).logits, with_adapters(ids).logits, atol=1e-5, rtol=0)
+    assert (taught(ids).logits - packaged_logits).abs().max() > 1e-2
+    names = {path.name for path in (folder / name).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not {"adapter", "README.md"} & names, "an ordinary folder, without the run's additions"
 
 
 @torch.no_grad()
 def test_teaching_lowers_the_loss_of_the_demonstrations(folder: Path) -> None:
+    """Both, in as many steps as each is given."""
     rows = [json.loads(x) for x in (folder / "demonstrations.jsonl").read_text().splitlines()]
     losses = {}
-    for name in ("student", "teacher"):
+    for name in (pair.PACKAGED, "student", "teacher"):
         tokenizer, network = load_model(str(folder / name), "cpu", "float32")
         losses[name] = sum(dense_loss(network, tokenizer, row) for row in rows) / len(rows)
-    assert losses["teacher"] < losses["student"] - 0.05
-    first_loss = RunFolder(folder / "teaching").rows()[0]["loss"]
-    assert first_loss == pytest.approx(losses["student"], abs=0.05)
+    assert losses["teacher"] < losses[pair.PACKAGED] - 0.05
+    assert losses["student"] < losses[pair.PACKAGED] - 0.02
+    for name, steps in (("student", 2), ("teacher", 8)):
+        run = RunFolder(folder / "teaching" / name)
+        assert len(run.rows()) == steps
+        assert run.rows()[0]["loss"] == pytest.approx(losses[pair.PACKAGED], abs=0.05)
+    seeds = [RunFolder(folder / "teaching" / x).settings()["seed"] for x in ("student", "teacher")]
+    assert seeds == [6, 5], "the student sees its demonstrations in another order"
+
+
+def test_a_student_that_is_not_taught_is_the_packaged_model(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / pair.PACKAGED, tmp_path / pair.PACKAGED)
+    pair.teach(tmp_path, "student", replace(CONFIG, student_steps=0))
+    weights = [tmp_path / name / "model.safetensors" for name in (pair.PACKAGED, "student")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not (tmp_path / "teaching").exists()
 
 
 def test_files_have_different_problems(folder: Path) -> None:
@@ -105,15 +122,15 @@ def test_files_have_different_problems(folder: Path) -> None:
     }
     assert [len(prompts[split]) for split in splits] == [12, 4, 4, 4]
     assert len(set.union(*prompts.values())) == 24
-    settings = RunFolder(folder / "teaching").settings()
+    settings = RunFolder(folder / "teaching" / "teacher").settings()
     assert settings["task"] == str(folder / "demonstrations.jsonl")
     assert (settings["teacher"], settings["prefixes"]) == ("none", "dataset")
 
 
 def test_a_second_call_teaches_nothing_again(folder: Path) -> None:
-    final = folder / "teaching" / "final" / "model.safetensors"
+    final = folder / "teaching" / "teacher" / "final" / "model.safetensors"
     before = final.stat().st_mtime_ns
-    pair.teach(folder, CONFIG)
+    pair.teach(folder, "teacher", CONFIG)
     assert final.stat().st_mtime_ns == before
     assert not (folder / pair.RECORD).exists(), "the teacher was refused"
 
