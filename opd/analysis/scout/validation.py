@@ -31,6 +31,8 @@ RESAMPLES = 200
 """Bootstrap samples of pairs."""
 MIN_PAIRS, MIN_FAMILIES, MIN_COLLAPSED = 8, 3, 5
 """Fewest pairs and families of a bank that forecasts; fewest pairs with a collapse, and without."""
+MIN_REMAINING = 5
+"""Fewest pairs from which others are forecast."""
 
 Interval = tuple[float, float, float]
 """A value and the ends of its 95 % interval over pairs."""
@@ -133,6 +135,30 @@ def splits(bank: Bank, unit: str) -> Iterator[tuple[Array, Array]]:
             yield is_seed & is_family, ~is_seed & ~is_family
 
 
+def thin_splits(bank: Bank) -> tuple[str, ...]:
+    """Return which pairs have too few others to be forecast from; empty if none.
+
+    Args:
+        bank: The runs.
+
+    Returns:
+        At most one message, of the split with the fewest pairs.
+    """
+    remaining = {
+        (str(bank.family[is_query][0]), str(bank.seed[is_query][0])): len(
+            np.unique(bank.pair[is_known])
+        )
+        for is_query, is_known in splits(bank, "family")
+    }
+    (family, seed), fewest = min(remaining.items(), key=lambda item: item[1])
+    if fewest >= MIN_REMAINING:
+        return ()
+    return (
+        f"without the family {family} and the seed {seed} {fewest} pairs remain; {MIN_REMAINING} "
+        "are needed: record further seeds in other families",
+    )
+
+
 def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -> Validation:
     """Score the forecasts of runs whose pair or family was left out.
 
@@ -154,6 +180,8 @@ def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -
                 f"the bank has {num_groups} different values of {name}; to leave out each in turn, "
                 f"{MIN_FAMILIES} are needed"
             )
+    if unit == "family" and (reasons := thin_splits(bank)):
+        raise InvalidInput(f"the forecasts cannot be tested: {reasons[0]}")
     forecasts, signs = leave_out(bank, unit), best_signs(bank)
     num_pairs = len(np.unique(bank.pair))
     values = all_scores(bank, forecasts, signs, np.ones((1, num_pairs)))
@@ -323,7 +351,7 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
     forecast's mean error is below that of each method's average gain. Collapses are forecast if the
     area under the ROC curve has a 95 % interval above 1/2, and MIN_COLLAPSED pairs or more have a
     run that collapsed and as many have none. Both need MIN_PAIRS pairs of MIN_FAMILIES seeds in
-    MIN_FAMILIES families.
+    MIN_FAMILIES families, and MIN_REMAINING without any family and seed.
 
     Args:
         bank: The runs.
@@ -343,6 +371,7 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
         for count, fewest, noun in counts
         if count < fewest
     )
+    too_small = too_small or thin_splits(bank)
     if too_small:
         return Verdict(None, too_small, too_small)
     validation = validate(bank, "family", seed, resamples)

@@ -150,6 +150,17 @@ def test_pairs_that_may_share_models_are_left_out_together(unit: str) -> None:
         assert forecasts.method_average[row] == pytest.approx(bank.gain[peers].mean())
 
 
+def test_a_bank_is_tested_only_if_enough_remains_without_a_family_and_a_seed() -> None:
+    bank = synthetic_bank(2, effects=EFFECTS, families=4, pairs=4, methods=2, shared_seeds=True)
+    thin = bank.rows((bank.family == "family-0") | np.isin(bank.seed, ["0", "1"]))
+    (doubt,) = judge(thin).gain_doubts
+    reason = "without the family family-0 and the seed 0 3 pairs remain; 5 are needed"
+    assert doubt.startswith(reason)
+    with pytest.raises(InvalidInput, match=f"the forecasts cannot be tested: {reason}"):
+        validate(thin, "family")
+    assert judge(bank, resamples=20).validation is not None
+
+
 def test_scores_beside_single_predictors_with_their_best_sign() -> None:
     bank = synthetic_bank(3, effects=EFFECTS, families=3, pairs=4, methods=3, pair_noise=0.1)
     forecasts, signs = leave_out(bank, "pair"), best_signs(bank)
