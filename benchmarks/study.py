@@ -8,6 +8,8 @@
    means, whose error is that of the whole vector, sqrt(variance / n) / |mean|.
 2. The vectorised sampler with gradients, compared with a loop of one autograd call per trajectory.
 3. Peak memory of Monte Carlo as the number of trajectories grows.
+4. Exact moments of large sparse worlds: CPU seconds and memory as the number of states grows.
+5. One pass for all estimators and discounts of a cell, compared with a pass for each.
 """
 
 import argparse
@@ -129,13 +131,58 @@ def memory(count: int) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
+def large(states: int, horizon: int, gammas: tuple[float, ...]) -> None:
+    """Print the CPU seconds and the memory of exact moments in a sparse world, in a new process."""
+    mdp = random_chain(states, 4, horizon, seeded(0), mixing=0.1, successors=4)
+    student, teacher = random_pair(mdp, seeded(1), distance=1.0, heterogeneity=0.5)
+    small = random_chain(8, 4, 8, seeded(0), successors=4)
+    moments.moments(small, *random_pair(small, seeded(1)), "plain", gammas)
+    start_size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.process_time()
+    moments.moments(mdp, student, teacher, "plain", gammas)
+    spent = time.process_time() - begin
+    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_size) // 1024
+    print(
+        f"S={states} A=4 T={horizon}, 4 successors, {len(gammas)} discounts: {spent:.1f} CPU s, "
+        f"{extra} MiB more; a dense world's transitions alone: {states**2 * 32 // 2**20} MiB"
+    )
+
+
+def one_pass_against_many(states: int, actions: int, horizon: int) -> None:
+    """Print the CPU seconds of a cell's moments in one pass and in a pass for each."""
+    mdp, student, teacher = make_world(states, actions, horizon)
+    times = []
+    for names, gammas in (
+        ([NAMES], [GAMMAS]),
+        ([(name,) for name in NAMES], [(gamma,) for gamma in GAMMAS]),
+    ):
+        begin = time.process_time()
+        for group in names:
+            for grid in gammas:
+                moments.moments(mdp, student, teacher, group, grid)
+        times.append(time.process_time() - begin)
+    print(
+        f"S={states} A={actions} T={horizon}, {len(NAMES)} estimators x {len(GAMMAS)} discounts: "
+        f"one pass {times[0]:.3f} CPU s, a pass for each {times[1]:.2f}: "
+        f"ratio {times[1] / times[0]:.0f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--large", type=int, help="only the exact moments of a sparse world of so many states"
+    )
+    parser.add_argument("--horizon", type=int, default=512, help="steps of that world")
+    parser.add_argument("--discounts", type=int, default=1, help="discounts of it, from 1 down")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory:
         memory(args.memory)
+        return
+    if args.large:
+        large(args.large, args.horizon, GAMMAS[-args.discounts :])
         return
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, {cpu_name()}, one thread"
@@ -146,6 +193,11 @@ def main() -> None:
     vectorised_against_loop(16, 16, 128)
     long_horizon(16, NAMES)
     long_horizon(64, NAMES[:1])
+    one_pass_against_many(8, 4, 64)
+    for states, horizon in ((256, 64), (1024, 64), (4096, 64), (1024, 512)):
+        options = ["--large", str(states), "--horizon", str(horizon)]
+        command = [sys.executable, "-m", "benchmarks.study", *options]
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     for count in (2_000, 20_000, 100_000):
         command = [sys.executable, "-m", "benchmarks.study", "--memory", str(count)]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

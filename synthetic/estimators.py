@@ -8,6 +8,7 @@ Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from opd.objectives.credit import BASELINES, NO_COST, RATIOS
 from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.sampling.monte_carlo import visit_gradients
-from synthetic.sampling.trajectories import score_trajectories, with_support
+from synthetic.sampling.trajectories import Trajectories, score_trajectories, with_support
 from synthetic.worlds.mdp import TabularMDP
+from synthetic.worlds.transitions import Moves, Transitions, backward_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,10 @@ ESTIMATORS: dict[str, Estimator] = {
 class Terms:
     """One trajectory's gradient, sum_t [step_t + (sum_{u>t} gamma^(u-t) later_u - b_t) score_t]."""
 
-    transition: Tensor
-    """(S, A, S) probability of the next state."""
+    transitions: Transitions
+    """Probabilities of the next state."""
+    moves: Moves
+    """Moves between states under the sampler."""
     acting: Tensor
     """(S, A) probabilities with which tokens are sampled."""
     ratio: Tensor
@@ -136,55 +140,108 @@ class Terms:
     """(S, A, A) vector over the state's logits that multiplies the credit; its mean is zero where
     the sampler is the student.
     """
-    move: Tensor
-    """(S, S) state transition matrix of the sampler."""
     active: Tensor
     """(S,) 1, or 0 at the end state."""
     occupancy: Tensor
     """(T, S) probability of state c at step t."""
     gammas: Tensor
     """(G,) discounts."""
-    values: Tensor
-    """(G, T + 1, S) mean discounted later cost from t on, 0 at T."""
     on_policy: bool
     """Whether the student is the sampler."""
 
-    @property
-    def next_values(self) -> Tensor:
-        """(G, T, S, A) mean discounted later cost from the next step on, after each token."""
-        return torch.einsum("cad,gtd->gtca", self.transition, self.values[:, 1:])
+    @cached_property
+    def values(self) -> Tensor:
+        """(G, T + 1, S) mean discounted later cost from t on, 0 at T."""
+        mean_later = (self.acting * self.later).sum(-1)
+        sources = mean_later.expand(len(self.occupancy), len(self.gammas), -1)
+        last = torch.zeros_like(sources[0])
+        return backward_sums(self.moves, sources, self.gammas[:, None], last).transpose(0, 1)
 
-    @property
-    def credit(self) -> Tensor:
-        """(G, T, S, A) mean credit of a token, before any baseline."""
-        return self.own + self.gammas[:, None, None, None] * self.next_values
-
-    @property
+    @cached_property
     def value(self) -> Tensor:
-        """(G, T, S) mean credit at a step and state."""
-        return (self.acting * self.credit).sum(-1)
+        """(G, T, S) mean credit at a step and state, before any baseline."""
+        later = self.moves.pull(self.values[:, 1:])
+        return (self.acting * self.own).sum(-1) + self.gammas[:, None, None] * later
 
 
-def terms(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBatch:
+    """Every state and token as a response of one token, three times, and visits of the sampler."""
+
+    mdp: TabularMDP
+    """The world."""
+    logits: tuple[Tensor, Tensor]
+    """(S, A) of student and teacher."""
+    trajectories: Trajectories
+    """3 S A scored responses of one token."""
+    acting: Tensor
+    """(S, A) probabilities with which tokens are sampled."""
+    moves: Moves
+    """Moves between states under the sampler."""
+    local: Tensor
+    """(S,) KL of the two policies at a state."""
+    occupancy: Tensor
+    """(T, S) probability of state c at step t."""
+    on_policy: bool
+    """Whether the student is the sampler."""
+
+
+def token_batch(
     mdp: TabularMDP,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    objective: Objective,
-    gammas: Tensor,
-    k: int | None = None,
     sampler: Tensor | None = None,
-    ratio: str = "none",
-) -> Terms:
-    """Measure the objective's effect on each token by running it.
+) -> TokenBatch:
+    """Score every state and token once, for the terms of any number of objectives.
 
     Args:
         mdp: The world.
         student_logits: (S, A).
         teacher_logits: (S, A).
+        sampler: (S, A) probabilities of the sampling policy; the student's if None.
+
+    Returns:
+        The batch.
+    """
+    s, a = mdp.num_states, mdp.num_actions
+    states = torch.arange(s).repeat_interleave(a).repeat(3)[:, None]
+    tokens = torch.arange(a).repeat(3 * s)[:, None]
+    trajectories = score_trajectories(mdp, student_logits, teacher_logits, states, tokens, sampler)
+    acting = mdp.behaviour(student_logits, sampler)
+    student_logp, teacher_logp = (
+        mdp.log_policy(student_logits).detach(),
+        mdp.log_policy(teacher_logits, "teacher_logits").detach(),
+    )
+    moves = mdp.transitions.under(acting)
+    occupancy = [mdp.start]
+    for _ in range(mdp.horizon - 1):
+        occupancy.append(moves.push(occupancy[-1]))
+    return TokenBatch(
+        mdp=mdp,
+        logits=(student_logits, teacher_logits),
+        trajectories=trajectories,
+        acting=acting,
+        moves=moves,
+        local=(student_logp.exp() * (student_logp - teacher_logp)).sum(-1) * mdp.active,
+        occupancy=torch.stack(occupancy),
+        on_policy=sampler is None,
+    )
+
+
+def terms(
+    tokens: TokenBatch,
+    objective: Objective,
+    gammas: Tensor,
+    k: int | None = None,
+    ratio: str = "none",
+) -> Terms:
+    """Measure the objective's effect on each token by running it.
+
+    Args:
+        tokens: Every state and token, scored.
         objective: The objective; its own discount is not used.
         gammas: (G,) discounts.
         k: Size of the support, for top-K objectives.
-        sampler: (S, A) probabilities of the sampling policy; the student's if None.
         ratio: Importance weight of `opd.objectives.credit.RATIOS`, in place of the objective's own.
             That of the whole sequence is returned as `Terms.ratio`, the factor of a token.
 
@@ -194,13 +251,10 @@ def terms(
     Raises:
         InvalidInput: If the loss is not affine in its credit, or a top-K objective has no k.
     """
-    s, a = mdp.num_states, mdp.num_actions
-    states = torch.arange(s).repeat_interleave(a)[:, None]
-    tokens = torch.arange(a).repeat(s)[:, None]
-    trajectories = score_trajectories(mdp, student_logits, teacher_logits, states, tokens, sampler)
-    trajectories = with_support(trajectories, student_logits, teacher_logits, objective.support, k)
+    mdp, (s, a) = tokens.mdp, tokens.acting.shape
+    trajectories = with_support(tokens.trajectories, *tokens.logits, objective.support, k)
     factor, weight = ("sequence", "none") if ratio == "sequence" else ("none", ratio)
-    token_factor = RATIOS[factor](trajectories.batch)
+    token_factor = RATIOS[factor](trajectories.batch)[: s * a]
     objective = replace(objective, ratio=RATIOS[weight])
     own_cost, later_cost = (
         objective.own_cost.function(trajectories.batch),
@@ -208,45 +262,27 @@ def terms(
     )
     # The loss is affine in the credit, so two evaluations give its intercept and its slope (the
     # score). A third one verifies that it is affine: its difference must be twice the slope.
-    gradients = [
-        visit_gradients(trajectories, student_logits, objective, own_cost + offset)[:, 0]
-        for offset in (0, 1, 2)
-    ]
-    score = gradients[1] - gradients[0]
-    if float((gradients[2] - gradients[0] - 2 * score).abs().max()) > 1e-9 * (
-        1 + float(own_cost.abs().max())
-    ):
+    offset = torch.arange(3, dtype=own_cost.dtype).repeat_interleave(s * a)[:, None]
+    gradients = visit_gradients(trajectories, tokens.logits[0], objective, own_cost + offset)
+    step, once, twice = gradients[:, 0].view(3, s, a, a)
+    score = once - step
+    if float((twice - step - 2 * score).abs().max()) > 1e-9 * (1 + float(own_cost.abs().max())):
         raise InvalidInput(
             "the objective's gradient is not affine in its credit; exact moments need one that is"
         )
-
-    acting = mdp.behaviour(student_logits, sampler)
-    sampled_probs, student_logp, teacher_logp = (
-        trajectories.batch.student_logp.exp().view(s, a),
-        mdp.log_policy(student_logits).detach(),
-        mdp.log_policy(teacher_logits, "teacher_logits").detach(),
-    )
-    move = torch.einsum("ca,cad->cd", acting, mdp.transition)
-    occupancy = [mdp.start]
-    for _ in range(mdp.horizon - 1):
-        occupancy.append(occupancy[-1] @ move)
-    mean_later = (acting * later_cost.view(s, a)).sum(-1)
-    values = [torch.zeros(len(gammas), s, dtype=sampled_probs.dtype)]
-    for _ in range(mdp.horizon):
-        values.append(mean_later + gammas[:, None] * (values[-1] @ move.T))
+    own, later = own_cost[: s * a].view(s, a), later_cost[: s * a].view(s, a)
     return Terms(
-        transition=mdp.transition,
-        acting=acting,
+        transitions=mdp.transitions,
+        moves=tokens.moves,
+        acting=tokens.acting,
         ratio=token_factor.view(s, a),
-        own=own_cost.view(s, a),
-        later=later_cost.view(s, a),
-        local=(student_logp.exp() * (student_logp - teacher_logp)).sum(-1) * mdp.active,
-        step=gradients[0].view(s, a, a),
-        score=score.view(s, a, a),
-        move=move,
+        own=own,
+        later=later,
+        local=tokens.local,
+        step=step,
+        score=score,
         active=mdp.active,
-        occupancy=torch.stack(occupancy),
+        occupancy=tokens.occupancy,
         gammas=gammas,
-        values=torch.stack(values[::-1], 1),
-        on_policy=sampler is None,
+        on_policy=tokens.on_policy,
     )

@@ -7,6 +7,8 @@ they are not, and the posterior w(c | s) of the context is proportional to pi(c)
 Shapes: C contexts, S prefixes, A actions, T steps. Everything is float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -183,7 +185,11 @@ def entropy(prior: Tensor) -> Tensor:
 
 
 def context_moments(
-    world: ContextWorld, student_logp: Tensor, estimator: str, gamma: float, k: int | None = None
+    world: ContextWorld,
+    student_logp: Tensor,
+    estimator: str | Sequence[str],
+    gamma: float,
+    k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the moments of a gradient estimate whose teacher reads a context drawn per response.
 
@@ -193,12 +199,13 @@ def context_moments(
     Args:
         world: The world.
         student_logp: (S, A) log-probabilities.
-        estimator: A name in `synthetic.estimators.ESTIMATORS`.
+        estimator: A name in `synthetic.estimators.ESTIMATORS`, or several names.
         gamma: Discount, 0 for a local estimator.
         k: Size of the support, for top-K objectives.
 
     Returns:
         The mean (S, A), the variance () within a context and the variance () between contexts.
+        A sequence of estimators adds a leading axis to each.
     """
     mdp, weights = world.mdp, world.prior
     pairs = [
@@ -206,7 +213,7 @@ def context_moments(
         for teacher in world.teacher_logp
     ]
     means, variances = (torch.stack(x) for x in zip(*pairs, strict=True))
-    mean = torch.einsum("c,csa->sa", weights, means)
+    mean = torch.einsum("c,c...->...", weights, means)
     between = weights @ (means - mean).square().sum((-1, -2))
     return mean, weights @ variances, between
 

@@ -37,7 +37,7 @@ def hessian(mdp: TabularMDP, student_logits: Tensor, teacher_logits: Tensor) -> 
         return moments.sequence_kl(mdp, flat.view_as(student_logits), teacher_logits).total
 
     flat_logits = student_logits.detach().to(torch.float64).flatten()
-    return torch.autograd.functional.hessian(flat_sequence_kl, flat_logits)
+    return torch.autograd.functional.hessian(flat_sequence_kl, flat_logits, vectorize=True)
 
 
 def step_effect(

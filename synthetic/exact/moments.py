@@ -11,14 +11,10 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.objectives.credit import RATIOS, check_gamma
-from synthetic.estimators import ESTIMATORS, Estimator, terms
+from synthetic.estimators import ESTIMATORS, Estimator, Terms, terms, token_batch
 from synthetic.exact import baselines
-from synthetic.exact.recursion import (
-    EstimatorRows,
-    SharedParameters,
-    TableParameters,
-    propagate_moments,
-)
+from synthetic.exact.parameters import SharedParameters, TableParameters
+from synthetic.exact.recursion import EstimatorRows, propagate_moments
 from synthetic.worlds.mdp import TabularMDP
 
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
@@ -57,12 +53,12 @@ def sequence_kl(mdp: TabularMDP, student_logits: Tensor, teacher_logits: Tensor)
     student = mdp.log_policy(student_logits, "student_logits")
     teacher = mdp.log_policy(teacher_logits, "teacher_logits").detach()
     p = student.exp()
-    move = torch.einsum("ca,cad->cd", p, mdp.transition)
+    moves = mdp.transitions.under(p)
     local = (p * (student - teacher)).sum(-1) * mdp.active
     occupancy, value = [mdp.start], [local]
     for _ in range(mdp.horizon - 1):
-        occupancy.append(occupancy[-1] @ move)
-        value.append(local + move @ value[-1])
+        occupancy.append(moves.push(occupancy[-1]))
+        value.append(local + moves.pull(value[-1]))
     visits = torch.stack(occupancy)
     total = (visits @ local).sum()
     return SequenceKL(total=total, occupancy=visits, local=local, value=torch.stack(value[::-1]))
@@ -94,18 +90,16 @@ def expected_gradient(
     student = mdp.log_policy(student_logits, "student_logits")
     cost = student - mdp.log_policy(teacher_logits, "teacher_logits")
     p, cost = student.exp(), cost * mdp.active[:, None]
-    move, local = torch.einsum("ca,cad->cd", p, mdp.transition), (p * cost).sum(-1)
+    moves, local = mdp.transitions.under(p), (p * cost).sum(-1)
     values = [torch.zeros(len(gammas), mdp.num_states, dtype=p.dtype)]
     for _ in range(mdp.horizon - 1):
-        values.append(local + gammas[:, None] * (values[-1] @ move.T))
-    # transitions do not depend on the step, so occupancy-weighted values suffice
+        values.append(local + gammas[:, None] * moves.pull(values[-1]))
     occupancy, visits = mdp.start, torch.zeros_like(mdp.start)
-    weighted = torch.zeros(len(gammas), mdp.num_states, mdp.num_states, dtype=p.dtype)
+    future = p.new_zeros(len(gammas), *p.shape)
     for next_value in reversed(values):
         visits = visits + occupancy
-        weighted += occupancy[:, None] * next_value[:, None]
-        occupancy = occupancy @ move
-    future = torch.einsum("cad,gcd->gca", mdp.transition, weighted)
+        future += occupancy[:, None] * mdp.transitions.expected(next_value)
+        occupancy = moves.push(occupancy)
     credit = visits[:, None] * cost + gammas[:, None, None] * future
     gradient = p * (credit - (p * credit).sum(-1, keepdim=True))
     return gradient[0] if isinstance(gamma, float | int) else gradient
@@ -160,25 +154,20 @@ def moments(
             f"group = {group} would have no effect on {', '.join(names)}; it is for leave_one_out"
         )
     space = _space(mdp, jacobian)
+    tokens = token_batch(mdp, student_logits, teacher_logits, sampler)
+    # estimators that differ in their baseline only have the same terms
+    measured: list[tuple[Estimator, Terms]] = []
     terms_and_baselines = []
     for definition in definitions:
-        token_terms = terms(
-            mdp,
-            student_logits,
-            teacher_logits,
-            definition.discounted(1.0),
-            gammas,
-            k,
-            sampler,
-            ratio,
+        token_terms = next(
+            (x for known, x in measured if known.objective == definition.objective), None
         )
+        if token_terms is None:
+            token_terms = terms(tokens, definition.discounted(1.0), gammas, k, ratio)
+            measured.append((definition, token_terms))
+        kind = "none" if definition.grouped else definition.baseline
         terms_and_baselines.append(
-            (
-                token_terms,
-                baselines.baseline_table(
-                    "none" if definition.grouped else definition.baseline, token_terms, space
-                ),
-            )
+            (token_terms, baselines.baseline_table(kind, token_terms, space))
         )
     rows, (token_terms, _) = EstimatorRows.from_terms(terms_and_baselines), terms_and_baselines[0]
     lengths = torch.arange(mdp.horizon + 1, dtype=torch.float64).clamp(min=1)
@@ -190,7 +179,7 @@ def moments(
         square = propagate_moments(
             mdp, token_terms.acting * token_terms.ratio.square(), rows, by_length, space
         )[1]
-    variance = (square - mean.flatten(1).square().sum(1)).clamp(min=0).view(len(names), -1)
+    variance = (square - mean.flatten(2).square().sum(2)).clamp(min=0)
     for i, (definition, (token_terms, _)) in enumerate(
         zip(definitions, terms_and_baselines, strict=True)
     ):
@@ -199,7 +188,6 @@ def moments(
             variance[i] = baselines.leave_one_out_variance(
                 token_terms, space, variance[i], group_size
             )
-    mean = mean.view(len(names), len(gammas), *space.shape)
     # a single name or a single discount has no axis
     if isinstance(gamma, float | int):
         mean, variance = mean[:, 0], variance[:, 0]
@@ -229,9 +217,8 @@ def baseline(
         (T, S) baseline of step and state.
     """
     definition = _estimator(estimator, gamma)
-    token_terms = terms(
-        mdp, student_logits, teacher_logits, definition.discounted(gamma), _grid(gamma)
-    )
+    tokens = token_batch(mdp, student_logits, teacher_logits)
+    token_terms = terms(tokens, definition.discounted(gamma), _grid(gamma))
     return baselines.baseline_table(definition.baseline, token_terms, _space(mdp, jacobian))[0]
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from synthetic.estimators import ESTIMATORS, terms
+from synthetic.estimators import ESTIMATORS, terms, token_batch
 from synthetic.exact import moments
 from synthetic.exact.baselines import baseline_table
-from synthetic.exact.recursion import EstimatorRows, TableParameters, propagate_moments
+from synthetic.exact.parameters import TableParameters
+from synthetic.exact.recursion import EstimatorRows, propagate_moments
 from synthetic.worlds.drift_chain import DriftChain
 
 
@@ -66,9 +67,8 @@ def masked_moments(
         (S, A) mean and () total variance of one trajectory's gradient.
     """
     gammas = torch.tensor([gamma], dtype=torch.float64)
-    token_terms = terms(
-        chain.mdp, chain.student, chain.teacher, ESTIMATORS[estimator].discounted(1.0), gammas
-    )
+    tokens = token_batch(chain.mdp, chain.student, chain.teacher)
+    token_terms = terms(tokens, ESTIMATORS[estimator].discounted(1.0), gammas)
     unmasked = torch.ones(chain.mdp.num_actions, dtype=torch.float64)
     unmasked[token] = 0
     masked_terms = replace(
@@ -82,4 +82,4 @@ def masked_moments(
     rows = EstimatorRows.from_terms([(masked_terms, baseline_table("none", masked_terms, space))])
     length_weights = torch.ones(chain.mdp.horizon + 1, dtype=torch.float64)
     mean, square = propagate_moments(chain.mdp, token_terms.acting, rows, length_weights, space)
-    return mean[0], square[0] - mean[0].square().sum()
+    return mean[0, 0], square[0, 0] - mean[0, 0].square().sum()

@@ -1,5 +1,6 @@
 """All estimators compared by relative bias, cosine and variance with the sequence-KL gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -71,42 +72,42 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     mdp = with_end_state(chain, torch.tensor(setting["stop"]))
     student, teacher = random_pair(mdp, generator, 1.0, 0.5)
     truth = moments.expected_gradient(mdp, student, teacher, 1.0)
-    rows: list[Row] = []
-
     samplers = {
         "top_p 0.9": nucleus_probabilities(student, 0.9),
         "temperature 0.7": nucleus_probabilities(student, 1.0, 0.7),
     }
 
-    def add(name: str, gamma: float, **options: str) -> None:
+    def compare(names: Sequence[str], gammas: tuple[float, ...], **options: str) -> list[Row]:
         options = PLAIN | options
-        mean_and_variance = moments.moments(
+        means, variances = moments.moments(
             mdp,
             student,
             teacher,
-            name,
-            gamma,
-            k=K if "topk" in name else None,
-            group=GROUP if name == "leave_one_out" else None,
+            names,
+            gammas,
+            k=K,
+            group=GROUP if "leave_one_out" in names else None,
             sampler=samplers.get(options["sampler"]),
             ratio=options["ratio"],
             length=options["length"],
         )
-        labels = {"estimator": name, "gamma": gamma, "seed": setting["seed"]} | options
-        rows.append(labels | compare_to_gradient(*mean_and_variance, truth))
+        return [
+            {"estimator": name, "gamma": gamma, "seed": setting["seed"]}
+            | options
+            | compare_to_gradient(means[i, j], variances[i, j], truth)
+            for i, name in enumerate(names)
+            for j, gamma in enumerate(gammas)
+        ]
 
-    for name in FAMILY:
-        for gamma in (0.0, 0.9, 1.0):
-            add(name, gamma)
-    for gamma in (0.0, 0.9, 1.0):
-        add("kl_advantage", gamma)
-        add("plain", gamma, length="sequence_mean")
-    for name in LOCAL:
-        add(name, 0.0)
+    family = compare((*FAMILY, "kl_advantage"), (0.0, 0.9, 1.0))
+    by_length = compare(("plain",), (0.0, 0.9, 1.0), length="sequence_mean")
+    rows = family[:-3]
+    for pair in zip(family[-3:], by_length, strict=True):
+        rows += pair
+    rows += compare(tuple(LOCAL), (0.0,))
     for sampler in samplers:
         for ratio in ("none", "token", "sequence"):
-            for gamma in (0.0, 1.0):
-                add("plain", gamma, sampler=sampler, ratio=ratio)
+            rows += compare(("plain",), (0.0, 1.0), sampler=sampler, ratio=ratio)
     plain = next(r["variance"] for r in rows if r["estimator"] == "plain" and r["gamma"] == 1)
     return [row | {"variance_ratio": row["variance"] / plain} for row in rows]
 

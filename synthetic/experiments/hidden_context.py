@@ -279,11 +279,17 @@ def estimator_rows(
     least = contexts.mean_sequence_kl(world, contexts.geometric_student(world, 1.0)[0])
     k = world.num_actions // 2
     size2 = truth.square().sum()
+    at_start: dict[tuple[str, float], tuple[Tensor, ...]] = {}
+    for gamma in {gamma for _, gamma in estimators}:
+        names = [name for name, discount in estimators if discount == gamma]
+        parts = contexts.context_moments(world, start, names, gamma, k)
+        for name, *values in zip(names, *parts, strict=True):
+            at_start[name, gamma] = tuple(values)
     rows: list[Row] = []
     for name, gamma in estimators:
         support = k if "topk" in name else None
         rest = resting_student(world, start, name, gamma, iterations)
-        mean, within, between = contexts.context_moments(world, start, name, gamma, support)
+        mean, within, between = at_start[name, gamma]
         rest_mean, rest_within, rest_between = contexts.context_moments(
             world, rest, name, gamma, support
         )

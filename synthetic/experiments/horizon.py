@@ -10,7 +10,7 @@ from torch import Tensor
 
 from synthetic.analysis.summary import interval, slopes
 from synthetic.exact import moments
-from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair, to_dense
 from synthetic.worlds.worst_case import bounds, constant_cost
 
 CLAIM = (
@@ -93,11 +93,11 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     horizons = [2**i for i in range(2, int(np.log2(setting["longest"])) + 1)]
     for horizon in horizons:
         mdp = replace(longest, horizon=horizon)
-        for name in dict.fromkeys(name for name, _ in CURVES):
-            gammas = [gamma for curve_name, gamma in CURVES if curve_name == name]
-            _, variance = moments.moments(mdp, student, teacher, name, gammas)
+        for names, gammas in _grids():
+            _, variances = moments.moments(mdp, student, teacher, names, gammas)
             rows += [
                 {**labels, "estimator": name, "gamma": g, "horizon": horizon, "variance": float(v)}
+                for name, variance in zip(names, variances, strict=True)
                 for g, v in zip(gammas, variance, strict=True)
             ]
         tight, published = bounds(mdp, student, teacher, 1.0)
@@ -109,6 +109,17 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     if setting["world"] == "mixing":
         rows.append({**labels, **coefficients(longest, student, teacher)})
     return rows
+
+
+def _grids() -> list[tuple[list[str], tuple[float, ...]]]:
+    """Return the curves as estimators with equal discounts, which share one pass."""
+    by_name: dict[str, tuple[float, ...]] = {}
+    for name, gamma in CURVES:
+        by_name[name] = (*by_name.get(name, ()), gamma)
+    by_gammas: dict[tuple[float, ...], list[str]] = {}
+    for name, gammas in by_name.items():
+        by_gammas.setdefault(gammas, []).append(name)
+    return [(names, gammas) for gammas, names in by_gammas.items()]
 
 
 def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
@@ -130,7 +141,8 @@ def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
     """
     p = mdp.log_policy(student).exp()
     cost = mdp.log_policy(student) - mdp.log_policy(teacher)
-    move = torch.einsum("ca,cad->cd", p, mdp.transition)
+    transition = to_dense(mdp).transition
+    move = torch.einsum("ca,cad->cd", p, transition)
     local, s = (p * cost).sum(-1), mdp.num_states
     ones_column = torch.ones(s, 1, dtype=torch.float64)
     stationary = torch.linalg.lstsq(
@@ -142,7 +154,7 @@ def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
     fundamental = torch.eye(s, dtype=torch.float64) - move + ones_column * stationary
     h = torch.linalg.solve(fundamental, local - kappa)
     error = cost[..., None] - kappa + h - h[:, None, None]
-    delta2 = float((stationary[:, None, None] * p[..., None] * mdp.transition * error**2).sum())
+    delta2 = float((stationary[:, None, None] * p[..., None] * transition * error**2).sum())
     score2 = float(stationary @ (1 - p.square().sum(-1)))
     horizons = np.array([mdp.horizon // 16 * i for i in (4, 6, 8, 12, 16)], dtype=np.float64)
     values = [

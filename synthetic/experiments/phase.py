@@ -114,15 +114,22 @@ def teacher_scale(mdp: TabularMDP, student: Tensor, offset: Tensor, cost: float)
     Raises:
         InvalidInput: If there is none below 1000.
     """
+    student_logp = mdp.log_policy(student)
+    # the teacher changes no visits of the student, so that they are computed once
+    visits = moments.sequence_kl(mdp, student, student).occupancy.sum(0) * mdp.active
+    joint = visits[:, None] * student_logp.exp()
+
+    def kl(scale: float) -> float:
+        return float((joint * (student_logp - mdp.log_policy(student + scale * offset))).sum())
+
     low, high = 0.0, 1000.0
-    if float(moments.sequence_kl(mdp, student, student + high * offset).total) < cost:
+    if kl(high) < cost:
         raise InvalidInput(
             f"no teacher along this offset has a KL of {cost} nats per response; use a smaller cost"
         )
     for _ in range(60):
         middle = (low + high) / 2
-        too_close = float(moments.sequence_kl(mdp, student, student + middle * offset).total) < cost
-        low, high = (middle, high) if too_close else (low, middle)
+        low, high = (middle, high) if kl(middle) < cost else (low, middle)
     return high
 
 

@@ -264,20 +264,18 @@ def all_moments(
         for i, gamma in enumerate((0.0, 1.0)):
             computed[source, "sampled_token", gamma, ratio] = means[i], variances[i]
 
-    def add_local(source: str, sampler: Tensor | None) -> None:
-        for loss, estimator in local.items():
-            computed[source, loss, 0.0, "none"] = moments(
-                mdp, student, teacher, estimator, sampler=sampler
-            )
+    def add_local(source: str, sampler: Tensor | None, estimators: dict[str, str]) -> None:
+        means, variances = moments(
+            mdp, student, teacher, tuple(estimators.values()), sampler=sampler
+        )
+        for loss, mean, variance in zip(estimators, means, variances, strict=True):
+            computed[source, loss, 0.0, "none"] = mean, variance
 
     add("student", None, "none")
-    add_local("student", None)
+    add_local("student", None, local)
     for source in OFFLINE:
-        sampler = writers[source].softmax(-1)
-        add_local(source, sampler)
-        computed[source, "sft", 0.0, "none"] = moments(
-            mdp, student, teacher, "negative_log_likelihood", sampler=sampler
-        )
+        sft = {"sft": "negative_log_likelihood"}
+        add_local(source, writers[source].softmax(-1), local | sft)
     for loss in local:
         computed["mixed", loss, 0.0, "none"] = mix(
             computed["student", loss, 0.0, "none"], computed["teacher", loss, 0.0, "none"], MIXED

@@ -108,7 +108,7 @@ def capacity_limited_problem(
     mdp = random_chain(*shape, generator, mixing)
     reward = _normal((s,), generator)
     scale = (0.7 * _normal((s, 1), generator)).exp()
-    reward_logits = torch.einsum("cad,d->ca", mdp.transition, reward)
+    reward_logits = mdp.transitions.expected(reward)
     reward_logits = (reward_logits - reward_logits.mean(-1, keepdim=True)) / reward_logits.std(
         -1, keepdim=True
     )
@@ -211,13 +211,12 @@ def evaluate_students(problem: LearningProblem, parameters: Tensor) -> StudentMe
 
 def expected_visits(mdp: TabularMDP, policy: Tensor) -> Tensor:
     """Return (R, S) expected visits of policies (R, S, A) within the horizon."""
-    move = torch.einsum("rca,cad->rcd", policy, mdp.transition)
-    occupancy = mdp.start.expand(len(policy), 1, -1)
+    occupancy = mdp.start.expand(len(policy), -1)
     visits = occupancy.clone()
     for _ in range(mdp.horizon - 1):
-        occupancy = occupancy @ move
+        occupancy = mdp.transitions.push(occupancy[..., None] * policy)
         visits = visits + occupancy
-    return visits[:, 0]
+    return visits
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

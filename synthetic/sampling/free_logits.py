@@ -8,14 +8,8 @@ from torch import Tensor
 
 from opd.objectives.objective import Objective
 from synthetic.sampling.monte_carlo import visit_gradients
-from synthetic.sampling.trajectories import score_trajectories, with_support
-from synthetic.worlds.mdp import TabularMDP
-
-
-def independent_prefixes(count: int, actions: int) -> TabularMDP:
-    """Return a world in which every state is a start state and a response is one token."""
-    transition = torch.eye(count, dtype=torch.float64)[:, None].expand(-1, actions, -1)
-    return TabularMDP(transition, torch.full((count,), 1 / count, dtype=torch.float64), 1)
+from synthetic.sampling.trajectories import score_with_tables, with_support
+from synthetic.worlds.mdp import log_probabilities
 
 
 def expected_gradients(
@@ -35,12 +29,16 @@ def expected_gradients(
         (S, A) gradient with respect to the student's logits.
     """
     s, a = student.shape
-    mdp = independent_prefixes(s, a)
+    student_logp = log_probabilities(student, "student")
+    teacher_logp = log_probabilities(teacher, "teacher")
     states = torch.arange(s).repeat_interleave(a)[:, None]
     tokens = torch.arange(a).repeat(s)[:, None]
-    trajectories = score_trajectories(mdp, student, teacher, states, tokens)
+    active = torch.ones(s, dtype=torch.float64)
+    trajectories = score_with_tables(
+        student_logp, teacher_logp, student_logp.exp(), active, states, tokens
+    )
     trajectories = with_support(trajectories, student, teacher, objective.support, k)
     token_gradients = visit_gradients(
         trajectories, student, objective, objective.credit(trajectories.batch)
     )
-    return (student.softmax(-1)[..., None] * token_gradients.view(s, a, a)).sum(1)
+    return (student_logp.exp()[..., None] * token_gradients.view(s, a, a)).sum(1)

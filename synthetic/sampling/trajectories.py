@@ -80,7 +80,8 @@ def simulate(
         States and tokens (R * count, T), and the state after the last token (R * count,).
     """
     total = len(acting) * count
-    policy, moves = acting.flatten(0, 1).cumsum(-1), mdp.transition.cumsum(-1)
+    policy, transitions = acting.flatten(0, 1).cumsum(-1), mdp.transitions
+    moves = transitions.probabilities.cumsum(-1)
     offset = torch.arange(len(acting)).repeat_interleave(count) * mdp.num_states
     uniform = torch.rand(mdp.horizon, 2, total, generator=generator, dtype=torch.float64)
     first = torch.rand(total, generator=generator, dtype=torch.float64)
@@ -90,7 +91,8 @@ def simulate(
         token = _inverse_cdf(policy[offset + state], step[0])
         states.append(state)
         tokens.append(token)
-        state = _inverse_cdf(moves[state, token], step[1])
+        successor = _inverse_cdf(moves[state, token], step[1])
+        state = transitions.next_states(state, token, successor)
     return torch.stack(states, 1), torch.stack(tokens, 1), state
 
 
@@ -150,12 +152,13 @@ def score_with_tables(
     sampler_logp = torch.where(acting > 0, acting.clamp(min=1e-300).log(), student)
     mask = active[states] > 0
     tokens = tokens * mask
-    num_actions = student.shape[1]
-    table_stats = compute_distribution_stats(
-        student[:, None].expand(-1, num_actions, -1),
-        teacher[:, None].expand(-1, num_actions, -1),
-        torch.arange(num_actions).expand_as(student),
-    )
+    # of the statistics of a state, only the rank depends on the token
+    any_tokens = torch.zeros(len(student), dtype=torch.long)
+    table_stats = compute_distribution_stats(student, teacher, any_tokens)
+    ranks = 1 + (teacher[:, None] > teacher[..., None]).sum(-1)
+    table = torch.stack([x[:, None].expand_as(student) for x in table_stats.values()])
+    table[list(table_stats).index("teacher_rank")] = ranks
+    stats = (table[:, states, tokens] * mask).unbind()
     batch = ScoredRollouts(
         tokens=tokens,
         mask=mask,
@@ -164,9 +167,7 @@ def score_with_tables(
         ended=torch.ones(len(states), dtype=torch.bool),
         student_logp=student[states, tokens] * mask,
         teacher_logp=teacher[states, tokens] * mask,
-        prefix=DistributionStats(
-            **{name: x[states, tokens] * mask for name, x in table_stats.items()}
-        ),
+        prefix=DistributionStats(**dict(zip(table_stats, stats, strict=True))),
         mask_rule="not_ended",
     )
     return Trajectories(batch, states)

@@ -10,12 +10,17 @@ Shapes: C contexts, S prefixes, A actions (tokens), T steps. Everything is float
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from synthetic.worlds.mdp import TabularMDP
+from synthetic.worlds.mdp import TabularMDP, to_dense
+from synthetic.worlds.transitions import SparseTransitions
+
+_FASTER_DENSE = 2**16
+"""Number of transition probabilities up to which dense products take less time than sparse ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,16 +66,17 @@ class ContextWorld:
         bounds = [count_prefixes(self.num_actions, t) for t in range(self.horizon + 1)]
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
-    @property
+    @cached_property
     def mdp(self) -> TabularMDP:
         """The tree of prefixes as a tabular world, for `synthetic.exact.moments`."""
         s, a = self.teacher_logp.shape[1:]
         children = a * torch.arange(s)[:, None] + 1 + torch.arange(a)
         # whole responses have no state: where the last token leads does not matter
         children = torch.where(children < s, children, 0)
-        transition = torch.nn.functional.one_hot(children, s).to(torch.float64)
+        transition = SparseTransitions(children[..., None], torch.ones(s, a, 1))
         start = torch.nn.functional.one_hot(torch.tensor(0), s).to(torch.float64)
-        return TabularMDP(transition, start, self.horizon)
+        world = TabularMDP(transition, start, self.horizon)
+        return to_dense(world) if s * s * a <= _FASTER_DENSE else world
 
 
 def count_prefixes(num_actions: int, horizon: int) -> int:

@@ -6,20 +6,25 @@ the cost log student - log teacher of y, and moves to c' ~ transition[c, y].
 Shapes: S states, A actions (tokens), T horizon.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
+from synthetic.worlds.transitions import DenseTransitions, SparseTransitions, Transitions
+
+LARGEST_DENSE = 2 * 1024**3
+"""Bytes of (S, A, S) transition probabilities beyond which a dense world is refused."""
 
 
 @dataclass(frozen=True, eq=False)
 class TabularMDP:
     """A finite world of `horizon` steps; tensors are stored as float64."""
 
-    transition: Tensor
-    """(S, A, S) probability of the next state."""
+    transition: Tensor | SparseTransitions
+    """(S, A, S) probability of the next state, or the few successors of every state and token."""
     start: Tensor
     """(S,) probability of the first state."""
     horizon: int
@@ -28,17 +33,21 @@ class TabularMDP:
     """Optional absorbing state without token, cost or score, which makes lengths random."""
 
     def __post_init__(self) -> None:
-        for name in ("transition", "start"):
-            value = torch.as_tensor(getattr(self, name)).detach().to(torch.float64)
-            object.__setattr__(self, name, value)
-        shape = tuple(self.transition.shape)
-        if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
-            raise InvalidInput(f"transition has shape {shape}, expected (S, A, S)")
-        if tuple(self.start.shape) != shape[:1]:
-            raise InvalidInput(f"start has shape {tuple(self.start.shape)}, expected {shape[:1]}")
+        transition, start = self.transition, torch.as_tensor(self.start)
+        object.__setattr__(self, "start", start.detach().to(torch.float64))
+        if not isinstance(transition, SparseTransitions):
+            transition = torch.as_tensor(transition).detach().to(torch.float64)
+            object.__setattr__(self, "transition", transition)
+            shape = tuple(transition.shape)
+            if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
+                raise InvalidInput(f"transition has shape {shape}, expected (S, A, S)")
+        if tuple(self.start.shape) != (self.num_states,):
+            raise InvalidInput(
+                f"start has shape {tuple(self.start.shape)}, expected {(self.num_states,)}"
+            )
         if self.horizon < 1 or int(self.horizon) != self.horizon:
             raise InvalidInput(f"horizon is {self.horizon}, expected an integer of at least 1")
-        _check_distribution("transition", self.transition)
+        _check_distribution("transition", self.transitions.probabilities)
         _check_distribution("start", self.start)
         if self.end is not None:
             self._check_end(self.end)
@@ -46,7 +55,8 @@ class TabularMDP:
     def _check_end(self, end: int) -> None:
         if not 0 <= end < self.num_states:
             raise InvalidInput(f"end is {end}, expected a state below {self.num_states}")
-        stay_probability = float(self.transition[end, :, end].min())
+        at_end = (torch.arange(self.num_states) == end).to(torch.float64)
+        stay_probability = float(self.transitions.expected(at_end)[end].min())
         if stay_probability < 1:
             raise InvalidInput(
                 f"end state {end} is not absorbing: it has self-transition probability "
@@ -56,6 +66,13 @@ class TabularMDP:
             raise InvalidInput(
                 f"start gives end state {end} probability {float(self.start[end])}, expected 0"
             )
+
+    @cached_property
+    def transitions(self) -> Transitions:
+        """The transitions as an operator, dense or sparse."""
+        if isinstance(self.transition, SparseTransitions):
+            return self.transition
+        return DenseTransitions(self.transition)
 
     @property
     def num_states(self) -> int:
@@ -91,10 +108,7 @@ class TabularMDP:
         shape = (self.num_states, self.num_actions)
         if tuple(logits.shape) != shape:
             raise InvalidInput(f"{name} has shape {tuple(logits.shape)}, expected {shape}")
-        if not bool(logits.isfinite().all()):
-            count = int((~logits.isfinite()).sum())
-            raise InvalidInput(f"{name}: {count} of {logits.numel()} values are not finite")
-        return logits.to(torch.float64).log_softmax(-1)
+        return log_probabilities(logits, name)
 
     def behaviour(self, student_logits: Tensor, sampler: Tensor | None) -> Tensor:
         """Return (S, A) probabilities of the sampling policy: the sampler's, or the student's.
@@ -117,6 +131,25 @@ class TabularMDP:
         sampler = sampler.detach().to(torch.float64)
         _check_distribution("sampler", sampler)
         return sampler
+
+
+def log_probabilities(logits: Tensor, name: str = "logits") -> Tensor:
+    """Return (..., A) float64 log-probabilities of logits; gradients flow through.
+
+    Args:
+        logits: (..., A).
+        name: Name of the argument in error messages.
+
+    Returns:
+        (..., A) log-probabilities.
+
+    Raises:
+        InvalidInput: If a value is not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        count = int((~logits.isfinite()).sum())
+        raise InvalidInput(f"{name}: {count} of {logits.numel()} values are not finite")
+    return logits.to(torch.float64).log_softmax(-1)
 
 
 def _check_distribution(name: str, x: Tensor) -> None:
@@ -142,11 +175,13 @@ def random_chain(
     generator: torch.Generator,
     mixing: float = 1.0,
     blocks: int = 2,
+    successors: int | None = None,
 ) -> TabularMDP:
     """Draw a random chain with `blocks` groups of states and a `mixing` factor between them.
 
     Rows are uniform on the simplex, then multiplied by `mixing` outside the state's own block and
-    renormalised: 1 mixes fast, 0 never leaves the block of the start state.
+    renormalised: 1 mixes fast, 0 never leaves the block of the start state. With `successors`, a
+    row has that many different next states: one in the state's own block and others anywhere.
 
     Args:
         num_states: Number of states S.
@@ -155,23 +190,54 @@ def random_chain(
         generator: Source of randomness.
         mixing: Factor in [0, 1] on the probability of leaving a block.
         blocks: Number of blocks, 1 to S.
+        successors: Number of next states K of a state and token, 1 to S, for a sparse world; None
+            for a dense one.
 
     Returns:
         The world, with a uniform start.
 
     Raises:
-        InvalidInput: If mixing or blocks is out of range.
+        InvalidInput: If mixing, blocks or successors is out of range, or a dense world is too
+            large.
     """
     if not 0 <= mixing <= 1:
         raise InvalidInput(f"mixing is {mixing}, expected a number in [0, 1]")
     if not 1 <= blocks <= num_states:
         raise InvalidInput(f"blocks is {blocks}, expected 1 to {num_states} (the number of states)")
-    weights = _exponential((num_states, num_actions, num_states), generator)
+    start = torch.full((num_states,), 1 / num_states, dtype=torch.float64)
     block = torch.arange(num_states) * blocks // num_states
+    if successors is not None:
+        next_states = _draw_successors(block, num_actions, successors, generator)
+        same_block = block[next_states] == block[:, None, None]
+        weights = _exponential(tuple(next_states.shape), generator)
+        weights = weights * torch.where(same_block, 1.0, mixing)
+        probabilities = weights / weights.sum(-1, keepdim=True)
+        return TabularMDP(SparseTransitions(next_states, probabilities), start, horizon)
+    _check_dense_size(num_states, num_actions)
+    weights = _exponential((num_states, num_actions, num_states), generator)
     same_block = block[:, None] == block[None, :]
     weights = weights * torch.where(same_block, 1.0, mixing)[:, None, :]
-    start = torch.full((num_states,), 1 / num_states, dtype=torch.float64)
     return TabularMDP(weights / weights.sum(-1, keepdim=True), start, horizon)
+
+
+def _draw_successors(
+    block: Tensor, num_actions: int, successors: int, generator: torch.Generator
+) -> Tensor:
+    """Return (S, A, K) different next states, the first in the own block, given blocks (S,)."""
+    s = len(block)
+    if not 1 <= successors <= s:
+        raise InvalidInput(f"successors is {successors}, expected 1 to {s} (the number of states)")
+    sizes = torch.bincount(block)
+    first = (sizes.cumsum(0) - sizes)[block]
+    own_size = sizes[block]
+    rows = []
+    # one state at a time, so that memory does not grow as S^2
+    for state in range(s):
+        keys = torch.rand(num_actions, s, generator=generator, dtype=torch.float64)
+        low = int(first[state])
+        own = low + keys[:, low : low + int(own_size[state])].argmin(-1, keepdim=True)
+        rows.append(keys.scatter(-1, own, -1.0).topk(successors, largest=False).indices)
+    return torch.stack(rows)
 
 
 def token_chain(num_actions: int, horizon: int) -> TabularMDP:
@@ -197,11 +263,43 @@ def with_end_state(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
     if mdp.end is not None:
         raise InvalidInput(f"the world already has an end state, {mdp.end}")
     s, a = mdp.num_states, mdp.num_actions
+    start = torch.cat([mdp.start, torch.zeros(1)])
+    if isinstance(mdp.transition, SparseTransitions):
+        # one more successor, the end state, which follows itself
+        successors = torch.cat([mdp.transition.successors, torch.full((s, a, 1), s)], -1)
+        probabilities = torch.cat(
+            [mdp.transition.probabilities * (1 - stop)[..., None], stop[..., None]], -1
+        )
+        end_row = torch.zeros_like(probabilities[:1])
+        end_row[..., -1] = 1
+        sparse = SparseTransitions(
+            torch.cat([successors, torch.full_like(successors[:1], s)]),
+            torch.cat([probabilities, end_row]),
+        )
+        return TabularMDP(sparse, start, mdp.horizon, end=s)
     transition = torch.zeros(s + 1, a, s + 1, dtype=torch.float64)
     transition[:s, :, :s] = mdp.transition * (1 - stop)[..., None]
     transition[:s, :, s] = stop
     transition[s, :, s] = 1
-    return TabularMDP(transition, torch.cat([mdp.start, torch.zeros(1)]), mdp.horizon, end=s)
+    return TabularMDP(transition, start, mdp.horizon, end=s)
+
+
+def to_dense(mdp: TabularMDP) -> TabularMDP:
+    """Return the same world with (S, A, S) transitions, for comparisons at small sizes."""
+    if isinstance(mdp.transition, SparseTransitions):
+        _check_dense_size(*mdp.transition.shape)
+        return replace(mdp, transition=mdp.transition.to_dense())
+    return mdp
+
+
+def _check_dense_size(num_states: int, num_actions: int) -> None:
+    size = 8 * num_states**2 * num_actions
+    if size > LARGEST_DENSE:
+        raise InvalidInput(
+            f"a dense world of {num_states} states and {num_actions} actions needs "
+            f"{size / 1024**3:.1f} GiB for its transitions, more than {LARGEST_DENSE >> 30} GiB; "
+            "use a sparse one, such as random_chain(..., successors=4)"
+        )
 
 
 # --- policies -----------------------------------------------------------------------------------

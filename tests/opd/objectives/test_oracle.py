@@ -16,7 +16,7 @@ from opd.objectives.catalogue import SUPPORTS
 from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.support import JOINT_SUPPORTS
-from synthetic.estimators import terms
+from synthetic.estimators import terms, token_batch
 from synthetic.worlds.mdp import random_pair, token_chain
 
 V, T = 3, 3
@@ -156,12 +156,13 @@ def test_the_exact_engine_finds_ratios_of_one_in_the_first_step() -> None:
     mdp = token_chain(3, 4)
     student, teacher = random_pair(mdp, seeded(4), distance=1.0, heterogeneity=0.5)
     grid = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    plain = terms(mdp, student, teacher, o.make_objective("sampled_token", gamma=1.0), grid)
+    tokens = token_batch(mdp, student, teacher)
+    plain = terms(tokens, o.make_objective("sampled_token", gamma=1.0), grid)
     for objective in (
         o.make_objective("sampled_token_weighted", gamma=1.0),
         o.make_objective("sampled_token_clipped", gamma=1.0),
     ):
-        objective_terms = terms(mdp, student, teacher, objective, grid)
+        objective_terms = terms(tokens, objective, grid)
         for name in ("own", "later", "step", "score"):
             torch.testing.assert_close(getattr(objective_terms, name), getattr(plain, name))
 

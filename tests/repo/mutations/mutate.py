@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -28,7 +29,11 @@ def functions(module: ModuleType) -> dict[str, FunctionType]:
             continue
         parts = vars(value).items() if isinstance(value, type) else [("", value)]
         for part, inner in parts:
-            function = inspect.unwrap(inner.fget if isinstance(inner, property) else inner)
+            if isinstance(inner, property):
+                inner = inner.fget
+            elif isinstance(inner, cached_property):
+                inner = inner.func
+            function = inspect.unwrap(inner)
             if isinstance(function, FunctionType):
                 by_name[f"{name}.{part}"] = function
     return by_name
