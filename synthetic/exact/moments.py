@@ -23,6 +23,10 @@ LENGTHS = ("sequence_sum", "sequence_mean")
 """Denominators of `opd.objectives.factory` under which trajectories stay independent."""
 
 
+EXPECTED_NUMBERS = 2**20
+"""Numbers of an array of several steps; larger ones leave the processor's cache."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceKL:
     """Sequence KL J = E[sum_t r_t] and its parts; fields carry gradient if the logits do."""
@@ -91,15 +95,20 @@ def expected_gradient(
     cost = student - mdp.log_policy(teacher_logits, "teacher_logits")
     p, cost = student.exp(), cost * mdp.active[:, None]
     moves, local = mdp.transitions.under(p), (p * cost).sum(-1)
-    values = [torch.zeros(len(gammas), mdp.num_states, dtype=p.dtype)]
+    values = [p.new_zeros(len(gammas), mdp.num_states)]  # of the next state, last step first
+    occupancy = [mdp.start]
     for _ in range(mdp.horizon - 1):
-        values.append(local + gammas[:, None] * moves.pull(values[-1]))
-    occupancy, visits = mdp.start, torch.zeros_like(mdp.start)
+        values.append(torch.addcmul(local, gammas[:, None], moves.pull(values[-1])))
+        occupancy.append(moves.push(occupancy[-1]))
+    next_values, visits_of_step = torch.stack(values[::-1]), torch.stack(occupancy)
     future = p.new_zeros(len(gammas), *p.shape)
-    for next_value in reversed(values):
-        visits = visits + occupancy
-        future += occupancy[:, None] * mdp.transitions.expected(next_value)
-        occupancy = moves.push(occupancy)
+    size = max(1, EXPECTED_NUMBERS // future.numel())
+    for some_visits, some_values in zip(
+        visits_of_step.split(size), next_values.split(size), strict=True
+    ):
+        expected = mdp.transitions.expected(some_values)
+        future += torch.einsum("tc,tgca->gca", some_visits, expected)
+    visits = visits_of_step.sum(0)
     credit = visits[:, None] * cost + gammas[:, None, None] * future
     gradient = p * (credit - (p * credit).sum(-1, keepdim=True))
     return gradient[0] if isinstance(gamma, float | int) else gradient
