@@ -32,7 +32,7 @@ RESAMPLES = 200
 MIN_PAIRS, MIN_FAMILIES, MIN_COLLAPSED = 8, 3, 5
 """Fewest pairs and families of a bank that forecasts; fewest pairs with a collapse, and without."""
 MIN_REMAINING = 5
-"""Fewest pairs from which others are forecast."""
+"""Fewest pairs from which others are forecast; runs with fewer are not part of the test."""
 
 Interval = tuple[float, float, float]
 """A value and the ends of its 95 % interval over pairs."""
@@ -53,6 +53,10 @@ class LeftOutForecasts:
     """Mean gain of the method's other runs, of all other runs where it has none."""
     collapse: Array
     """Probability."""
+
+    def rows(self, index: Array) -> "LeftOutForecasts":
+        """Return the forecasts of the selected runs; a bool mask or integers."""
+        return LeftOutForecasts(**{name: column[index] for name, column in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,12 @@ def leave_out(bank: Bank, unit: str) -> LeftOutForecasts:
         unit: "pair" or "family".
 
     Returns:
-        The forecasts.
+        The forecasts; NaN for runs with fewer than MIN_REMAINING pairs to be forecast from.
     """
     columns = {name: np.full(len(bank), math.nan) for name in LeftOutForecasts.__annotations__}
     for is_query, is_known in splits(bank, unit):
+        if len(np.unique(bank.pair[is_known])) < MIN_REMAINING:
+            continue
         rows, others, query = np.flatnonzero(is_query), bank.rows(is_known), bank.rows(is_query)
         model = fit_gain(others, others.seed if unit == "pair" else others.family)
         gains = forecast_gain(model, query.features, query.method, query.start)
@@ -135,28 +141,20 @@ def splits(bank: Bank, unit: str) -> Iterator[tuple[Array, Array]]:
             yield is_seed & is_family, ~is_seed & ~is_family
 
 
-def thin_splits(bank: Bank) -> tuple[str, ...]:
-    """Return which pairs have too few others to be forecast from; empty if none.
+def is_testable(bank: Bank, unit: str) -> Array:
+    """Return which runs can be forecast from MIN_REMAINING pairs or more.
 
     Args:
         bank: The runs.
+        unit: "pair" or "family".
 
     Returns:
-        At most one message, of the split with the fewest pairs.
+        (n,) bool.
     """
-    remaining = {
-        (str(bank.family[is_query][0]), str(bank.seed[is_query][0])): len(
-            np.unique(bank.pair[is_known])
-        )
-        for is_query, is_known in splits(bank, "family")
-    }
-    (family, seed), fewest = min(remaining.items(), key=lambda item: item[1])
-    if fewest >= MIN_REMAINING:
-        return ()
-    return (
-        f"without the family {family} and the seed {seed} {fewest} pairs remain; {MIN_REMAINING} "
-        "are needed: record further seeds in other families",
-    )
+    testable = np.zeros(len(bank), dtype=bool)
+    for is_query, is_known in splits(bank, unit):
+        testable[is_query] = len(np.unique(bank.pair[is_known])) >= MIN_REMAINING
+    return testable
 
 
 def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -> Validation:
@@ -180,9 +178,15 @@ def validate(bank: Bank, unit: str, seed: int = 0, resamples: int = RESAMPLES) -
                 f"the bank has {num_groups} different values of {name}; to leave out each in turn, "
                 f"{MIN_FAMILIES} are needed"
             )
-    if unit == "family" and (reasons := thin_splits(bank)):
-        raise InvalidInput(f"the forecasts cannot be tested: {reasons[0]}")
-    forecasts, signs = leave_out(bank, unit), best_signs(bank)
+    testable = is_testable(bank, unit)
+    if not testable.any():
+        raise InvalidInput(
+            f"without the {unit} and the seed of a run fewer than {MIN_REMAINING} pairs remain, "
+            "for every run; record further seeds in other families"
+        )
+    forecasts = leave_out(bank, unit).rows(testable)
+    bank = bank.rows(testable)
+    signs = best_signs(bank)
     num_pairs = len(np.unique(bank.pair))
     values = all_scores(bank, forecasts, signs, np.ones((1, num_pairs)))
     drawn_pairs = np.random.default_rng(seed).integers(0, num_pairs, size=(resamples, num_pairs))
@@ -351,7 +355,7 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
     forecast's mean error is below that of each method's average gain. Collapses are forecast if the
     area under the ROC curve has a 95 % interval above 1/2, and MIN_COLLAPSED pairs or more have a
     run that collapsed and as many have none. Both need MIN_PAIRS pairs of MIN_FAMILIES seeds in
-    MIN_FAMILIES families, and MIN_REMAINING without any family and seed.
+    MIN_FAMILIES families, of which each has MIN_REMAINING others of another family and seed.
 
     Args:
         bank: The runs.
@@ -371,7 +375,13 @@ def judge(bank: Bank, seed: int = 0, resamples: int = RESAMPLES) -> Verdict:
         for count, fewest, noun in counts
         if count < fewest
     )
-    too_small = too_small or thin_splits(bank)
+    if not too_small:
+        count = len(np.unique(bank.pair[is_testable(bank, "family")]))
+        if count < MIN_PAIRS:
+            too_small = (
+                f"{count} pairs have {MIN_REMAINING} others of another family and seed; "
+                f"{MIN_PAIRS} are needed",
+            )
     if too_small:
         return Verdict(None, too_small, too_small)
     validation = validate(bank, "family", seed, resamples)

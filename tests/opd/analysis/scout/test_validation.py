@@ -17,6 +17,7 @@ from opd.analysis.scout.validation import (
     all_scores,
     best_signs,
     gain_doubts,
+    is_testable,
     judge,
     leave_out,
     pair_regrets,
@@ -150,15 +151,22 @@ def test_pairs_that_may_share_models_are_left_out_together(unit: str) -> None:
         assert forecasts.method_average[row] == pytest.approx(bank.gain[peers].mean())
 
 
-def test_a_bank_is_tested_only_if_enough_remains_without_a_family_and_a_seed() -> None:
+def test_runs_with_too_few_others_are_not_part_of_the_test() -> None:
+    """Of family-0 with seed 0 there are three pairs of other families and seeds, of others five."""
     bank = synthetic_bank(2, effects=EFFECTS, families=4, pairs=4, methods=2, shared_seeds=True)
-    thin = bank.rows((bank.family == "family-0") | np.isin(bank.seed, ["0", "1"]))
-    (doubt,) = judge(thin).gain_doubts
-    reason = "without the family family-0 and the seed 0 3 pairs remain; 5 are needed"
-    assert doubt.startswith(reason)
-    with pytest.raises(InvalidInput, match=f"the forecasts cannot be tested: {reason}"):
-        validate(thin, "family")
-    assert judge(bank, resamples=20).validation is not None
+    is_first = bank.family == "family-0"
+    thin = bank.rows(is_first | np.isin(bank.seed, ["0", "1"]))
+    tested = ~((thin.family == "family-0") & np.isin(thin.seed, ["0", "1"]))
+    assert np.array_equal(is_testable(thin, "family"), tested)
+    validation = validate(thin, "family", resamples=20)
+    assert (validation.num_runs, validation.num_pairs) == (16, 8)
+    forecasts = leave_out(thin, "family")
+    assert np.array_equal(np.isfinite(forecasts.gain), tested)
+    error = np.abs(forecasts.gain - thin.gain)[tested].mean()
+    assert validation.error[0] == pytest.approx(error)
+    single = bank.rows(is_first | (bank.seed == "0"))
+    with pytest.raises(InvalidInput, match="fewer than 5 pairs remain, for every run"):
+        validate(single, "family")
 
 
 def test_scores_beside_single_predictors_with_their_best_sign() -> None:
