@@ -177,14 +177,18 @@ def positions_from_zero(model: CausalLM, prompts: Any, batch: Any, mask: Tensor)
     return response_hidden_states(replace(model, hidden=hidden), prompts, batch, mask)
 
 
-def score_at_temperature(factor: float) -> AbstractContextManager[Any]:
+@contextmanager
+def score_at_temperature(factor: float) -> Iterator[None]:
     """Score both models at another temperature than configured."""
-    plain = score.log_probabilities
 
-    def scored(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
-        return plain(model, hidden, factor * temperature)
+    def scaled(plain: Callable[[Any, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+        return lambda head, products, temperature: plain(head, products, factor * temperature)
 
-    return patch.object(score, "log_probabilities", scored)
+    with (
+        patch.object(score, "product_logits", scaled(score.product_logits)),
+        patch.object(score, "product_logp", scaled(score.product_logp)),
+    ):
+        yield
 
 
 @contextmanager

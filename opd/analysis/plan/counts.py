@@ -148,6 +148,12 @@ class OperationCounter(TorchDispatchMode):
         """Note what lives now, such as the activations after a forward pass."""
         self.kept_bytes = self.live
 
+    def add_operation(self, moved_bytes: float) -> None:
+        """Count an operation on float32 numbers that the meta device lacks."""
+        self.moved_bytes += moved_bytes
+        self.operations += 1
+        self.seconds += self.machine.seconds(0.0, moved_bytes, 4, True)
+
     def add_gradient(self, gradient: Tensor) -> None:
         """Note that a tensor is a weight's gradient."""
         self.live_gradients += gradient.nbytes

@@ -30,6 +30,8 @@ from opd.scoring.chunked_loss import chunked_loss
 from opd.scoring.loss import loss_from_hidden
 from opd.training.optimizer import make_optimizer
 
+ADAMW_TENSORS = 7
+"""Tensors of a weight that AdamW moves: reads weight, gradient and moments, writes all but one."""
 FEW_TOKENS = 512
 """Tokens of a loss on gathered head rows that are counted in half precision, where a CPU works in a
 loop over tokens; the others are extrapolated."""
@@ -206,8 +208,8 @@ def dense_loss(model: CausalLM, hidden: Tensor) -> Tensor:
 def count_optimizer(student: MetaNetwork, machine: Machine) -> Counts:
     """Count clipping and a step of AdamW on gradients that are there.
 
-    On a GPU torch updates all weights together, which needs a temporary copy of them; on a CPU one
-    after another.
+    On a GPU torch updates all weights together, which needs a temporary copy of them; on a CPU its
+    fused kernel, which the meta device lacks, reads four tensors of each weight and writes three.
 
     Args:
         student: The student.
@@ -221,10 +223,13 @@ def count_optimizer(student: MetaNetwork, machine: Machine) -> Counts:
         optimizer = make_optimizer(student.network.parameters(), (0.9, 0.999), 0.01)
         for master in optimizer.master_weights:
             master.grad = torch.zeros_like(master)
-        optimizer.adamw.param_groups[0]["foreach"] = machine.kind == "cuda"
         with OperationCounter(machine) as counter:
             torch.nn.utils.clip_grad_norm_(optimizer.master_weights, 1.0)
-            optimizer.adamw.step()
+            if machine.kind == "cuda":
+                optimizer.adamw.step()
+            else:
+                num_bytes = float(sum(master.nbytes for master in optimizer.master_weights))
+                counter.add_operation(ADAMW_TENSORS * num_bytes)
             optimizer.copy_to_model()
         optimizer.zero_grad()
         _remove_hooks(optimizer.model_weights)
