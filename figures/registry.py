@@ -33,6 +33,7 @@ RUN_FIGURES = (
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
     *("sampler", "signal_loss", "tokenizer", "warning", "views", "controls"),
     *MAP_FIGURES,
+    "pretrained",
 )
 """Figures of run folders; they build their table with `collect(runs)`."""
 TABLE_NAMES = {
@@ -95,7 +96,7 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     if name == "agents":
         runs = ["results/paper/games/*", "results/paper/agents/*"]
         return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]
-    if name in ("views", "controls"):
+    if name in ("views", "controls", "pretrained"):
         update = update.format(runs=f"results/paper/{name}/*")
         return [f"opd paper --groups {name}", update]
     if name in MAP_FIGURES:

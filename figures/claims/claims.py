@@ -25,6 +25,7 @@ from figures.claims.sections import (
     matched,
     multi,
     out_of_reach,
+    pretrained,
     regimes,
     single,
     theory,
@@ -42,6 +43,7 @@ CLAIMS: tuple[Claim, ...] = (
     *ablations.ABLATIONS,
     *variants.VARIANTS,
     *matched.MATCHED,
+    *pretrained.PRETRAINED,
     *out_of_reach.OUT_OF_REACH,
 )
 

@@ -1,4 +1,4 @@
-"""Measurements on the tables of matched runs: what a teacher reads, and controls."""
+"""Measurements on tables of matched runs: what a teacher reads, controls, a pretrained model."""
 
 from collections.abc import Callable
 
@@ -100,6 +100,28 @@ def control_accuracy(method: str, baseline: str, cost: str, share: float = 1.0) 
         """Compare the last evaluations within the budget."""
         outcomes = outcomes_within_budget(tables["controls"], cost, share)
         return compare_outcomes(outcomes(method), outcomes(baseline), verdict_positive)
+
+    return measure
+
+
+def pretrained_accuracy(method: str, baseline: str = "") -> Measure:
+    """Measure a claim about the last accuracy of the pretrained model.
+
+    Args:
+        method: Method of the group "pretrained".
+        baseline: Method that it is compared with; "" for the student before training.
+
+    Returns:
+        The measurement as a function of the tables.
+    """
+
+    def measure(tables: Tables) -> ClaimResult:
+        """Compare the last evaluations, or the last with the first."""
+        table = tables["pretrained"]
+        evaluations = table[table["where"] == "held out"]
+        final, first = last_evaluations(evaluations), evaluations[evaluations["step"] == 0]
+        reference = outcome_matrix(final, baseline) if baseline else outcome_matrix(first, method)
+        return compare_outcomes(outcome_matrix(final, method), reference, verdict_positive)
 
     return measure
 
