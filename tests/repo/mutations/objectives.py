@@ -92,14 +92,14 @@ SHARED_CREDIT = {
     ),
 }
 DIVERGENCES = {
-    "live teacher": ("student_logp - teacher_logp.detach()", "student_logp - teacher_logp"),
+    "live teacher": ("_finite(teacher_logp.detach())", "_finite(teacher_logp)"),
     "direction of the divergence": (
-        "p = student_logp.exp()\n    ratio",
-        "p = teacher_logp.exp()\n    ratio",
+        "_infinite_if_huge((student_logp.exp() * ratio)",
+        "_infinite_if_huge((teacher_logp.exp() * ratio)",
     ),
     "direction of the forward divergence": (
-        "q = target_logp.exp()\n    term",
-        "q = student_logp.exp()\n    term",
+        "_infinite_if_huge((target_logp.exp() * ratio)",
+        "_infinite_if_huge((student_logp.exp() * ratio)",
     ),
     "live teacher of the mixture": (
         "target_logp = teacher_logp.detach()\n    mixture",

@@ -226,6 +226,7 @@ def count_optimizer(student: MetaNetwork, machine: Machine) -> Counts:
         with OperationCounter(machine) as counter:
             torch.nn.utils.clip_grad_norm_(optimizer.master_weights, 1.0)
             if machine.kind == "cuda":
+                optimizer.adamw.param_groups[0]["foreach"] = True
                 optimizer.adamw.step()
             else:
                 num_bytes = float(sum(master.nbytes for master in optimizer.master_weights))
