@@ -158,6 +158,33 @@ def gain_interval(values: Array, comparisons: int = 1) -> tuple[float, float]:
     return max(-1.0, min(centre - half_width, mean)), min(1.0, max(centre + half_width, mean))
 
 
+def runs_interval(values: Array, lows: Array, highs: Array) -> tuple[float, float]:
+    """Compute a 95 % interval of the mean of runs, from the interval of each over its problems.
+
+    For measures without a value in [-1, 1] of every problem, which `gain_interval` needs. The
+    variance over problems, from the widths of the intervals, and that of the runs' means are added,
+    with Student's t for their number (Satterthwaite). Where runs have problems of their own, the
+    second contains the first, so that the interval is wider than it must be.
+
+    Args:
+        values: (N,) values of the runs.
+        lows: (N,) lower ends of their 95 % intervals.
+        highs: (N,) upper ends.
+
+    Returns:
+        (low, high); that of the run if there is one.
+    """
+    runs = len(values)
+    if runs == 1:
+        return float(lows[0]), float(highs[0])
+    errors = (np.asarray(highs) - np.asarray(lows)) / (2 * Z)
+    between = _between_runs(np.asarray(values, dtype=np.float64)[:, None])
+    total = float(np.square(errors).sum()) / runs**2 + between
+    half_width = _critical(total, between, runs) * math.sqrt(total)
+    mean = float(np.mean(values))
+    return mean - half_width, mean + half_width
+
+
 def unpaired_interval(before_accuracies: Array, after_accuracies: Array) -> tuple[float, float]:
     """Compute a 95 % interval of the difference of mean accuracies on different problems.
 

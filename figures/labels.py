@@ -6,6 +6,7 @@ A name that is not listed, such as that of a user's own run folder, is printed a
 METHODS = {
     "healthy": "healthy runs",
     "teacher": "teacher",
+    "start": "before training",
     "sampled_token": "sampled token",
     "sampled": "sampled token",
     "sampled_mask": "sampled token, mask",

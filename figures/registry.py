@@ -33,6 +33,7 @@ RUN_FIGURES = (
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
     *("sampler", "signal_loss", "tokenizer", "warning", "views", "controls"),
     *MAP_FIGURES,
+    "side_effects",
     "pretrained",
 )
 """Figures of run folders; they build their table with `collect(runs)`."""
@@ -101,6 +102,8 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
         return [f"opd paper --groups {name}", update]
     if name in MAP_FIGURES:
         return ["opd map", update.format(runs="results/map/runs/*/*")]
+    if name == "side_effects":
+        return ["opd map --evaluate", update.format(runs="results/map/runs/*/*")]
     if name in RUN_FIGURES:
         record_path = table_path(name).with_suffix(".json")
         if runs is None and record_path.exists():

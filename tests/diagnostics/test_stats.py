@@ -10,6 +10,7 @@ import pytest
 from diagnostics.stats import (
     bootstrap_interval,
     gain_interval,
+    runs_interval,
     share_interval,
     unpaired_interval,
     wilson_interval,
@@ -107,6 +108,21 @@ def test_intervals_of_many_problems_and_runs_are_those_of_normal_theory() -> Non
     parts = np.array([np.var(runs, ddof=1) / 8, np.var(problems) / 2000])
     low, high = gain_interval(varying_table)
     assert 2 * 1.96 < (high - low) / parts.sum() ** 0.5 < 2 * t * 1.01
+
+
+def test_the_interval_of_runs_is_that_of_their_problems_and_means() -> None:
+    """On runs with many problems each, as `gain_interval` of all problems."""
+    generator = np.random.default_rng(0)
+    table = np.clip(generator.normal(0.1, 0.3, (5, 4000)) + np.arange(5)[:, None] / 200, -1, 1)
+    ends = np.array([gain_interval(row) for row in table])
+    low, high = runs_interval(table.mean(1), ends[:, 0], ends[:, 1])
+    expected = gain_interval(table)
+    assert (low, high) == pytest.approx(expected, abs=2e-4)
+    assert high - low > 2 * 1.96 * table.mean(1).std(ddof=1) / 5**0.5
+    assert runs_interval(table.mean(1)[:1], ends[:1, 0], ends[:1, 1]) == tuple(ends[0])
+    # equal means: only the problems are left, whose errors add up
+    low, high = runs_interval(np.full(4, 0.5), np.full(4, 0.4), np.full(4, 0.6))
+    assert (low, high) == pytest.approx((0.45, 0.55))
 
 
 def sample_chances(p: float, spread: float, size: tuple[int, ...], generator: Any) -> np.ndarray:

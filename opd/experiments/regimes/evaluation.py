@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.io.atomic import write_text
+from diagnostics.records.run_cost import run_cost
 from opd.config.groups import EvalConfig
 from opd.experiments.regimes.methods import SHARED_SETTINGS, RunSettings
 from opd.experiments.regimes.runs import Cell, MapFolder, logged
@@ -33,13 +34,16 @@ def evaluate_start(folder: MapFolder, regime: str, seed: int, settings: RunSetti
 def evaluate_cell(folder: MapFolder, cell: Cell, settings: RunSettings) -> None:
     """Measure the final model of a run against its start and its teacher, unless that is done.
 
+    A run that has taken more steps since is measured again.
+
     Args:
         folder: Folder of the map, with the finished run and `evaluate_start` of its pair.
         cell: The cell.
         settings: Settings of the map.
     """
     path = folder.evaluation(cell, settings.split)
-    if not path.exists():
+    steps = run_cost(folder.run(cell))["cost/steps"]
+    if not path.exists() or json.loads(path.read_text())["cost/steps"] != steps:
         start_path = folder.start_evaluation(cell.regime, cell.pair, settings.split)
         with logged(folder.root / "logs" / f"{str(cell).replace('/', '-')}.log"):
             write_evaluation(

@@ -218,12 +218,18 @@ def test_the_final_model_is_measured_against_its_start_and_its_teacher(folder: M
     for name in ("gap@4", "calibration/brier", "recovery/loss", "against/other/gain"):
         assert name in final
     assert not [name for name in start if name.startswith(("teacher/", "against/", "cost/"))]
-    paths = [folder.start_evaluation("density-1", 0, "test"), folder.evaluation(cell, "test")]
-    for path in paths:
-        path.write_text("kept")
+    start_path, path = (
+        folder.start_evaluation("density-1", 0, "test"),
+        folder.evaluation(cell, "test"),
+    )
+    start_path.write_text(json.dumps(start | {"kept": 1}))
+    path.write_text(json.dumps({"kept": 1, "cost/steps": 1}))
     evaluate_start(folder, "density-1", 0, settings)
     evaluate_cell(folder, cell, settings)
-    assert [path.read_text() for path in paths] == ["kept", "kept"]
+    assert json.loads(start_path.read_text())["kept"] == json.loads(path.read_text())["kept"] == 1
+    path.write_text(json.dumps({"kept": 1, "cost/steps": 2}))
+    evaluate_cell(folder, cell, settings)
+    assert json.loads(path.read_text()).keys() == final.keys()
 
 
 def test_a_failed_run_is_named_with_its_log(folder: MapFolder) -> None:
