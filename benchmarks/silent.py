@@ -29,6 +29,7 @@ from benchmarks.silent_models import (
     exchange_roles,
     ignore_mask,
     other_row_scores,
+    patch_sampler_softmax,
     positions_from_zero,
     ranks_from_two,
     renormalise,
@@ -39,6 +40,7 @@ from benchmarks.silent_models import (
     share_head,
     shift_ids,
     stale_teacher_scores,
+    support_at_temperature,
 )
 from opd.data import prompts
 from opd.data.grading.graders import Grade
@@ -56,6 +58,8 @@ from opd.training.optimizer import Optimizer
 
 WITHOUT_START_CHECKS: dict[str, Any] = {"start_checks": False}
 """Disables the checks before the first step, to simulate a fault that occurs later."""
+LEAN_STEPS: dict[str, Any] = {"objective": "teacher_topk", "full_metrics_every": 5}
+"""Steps 1 to 4 take the student's softmax from the sampler."""
 
 
 # --- loss and update ----------------------------------------------------------------------------
@@ -281,6 +285,8 @@ SILENT_FAULTS: dict[str, Fault] = {
     "support renormalised twice": Fault(lambda: change_support(renormalise)),
     "support's mass a fifth": Fault(lambda: change_support(scale_support_mass)),
     "support's mass above 1": Fault(lambda: change_support(repeat_first_id)),
+    "support at another temperature": Fault(lambda: support_at_temperature(1.25), LEAN_STEPS),
+    "softmax of the step before": Fault(patch_sampler_softmax, LEAN_STEPS),
     "two BOS": Fault(add_second_bos),
     "teacher's positions not shifted": Fault(
         lambda: patch.object(score, "response_hidden_states", positions_from_zero),

@@ -10,11 +10,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.injected import FaultyEngine, sample_unchanged
-from diagnostics.batch import ScoredRollouts, Support
+from benchmarks.injected import FaultyEngine, patch_engine, sample_unchanged
+from diagnostics.batch import Rollouts, ScoredRollouts, Support
 from opd.config.settings import Config
 from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
+from opd.rollouts.base import Engine
 from opd.scoring import score
 from opd.scoring.score import ScoredBatch
 from opd.teachers.factory import ModelObjects, make_pairs
@@ -163,6 +164,29 @@ def ranks_from_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return ranks 2 to K + 1 instead of ranks 1 to K."""
     best = logits.topk(k + 1, -1)
     return best.values[..., 1:], best.indices[..., 1:]
+
+
+def support_at_temperature(factor: float) -> AbstractContextManager[Any]:
+    """Divide the student's logits of the support by another temperature than the sampler's."""
+    return patch.object(score, "apply_temperature", lambda logits, T: logits / (factor * T))
+
+
+def patch_sampler_softmax() -> AbstractContextManager[Any]:
+    """Let the engine return the full softmax of the step before, as far as positions exist."""
+    earlier: list[Tensor] = []
+
+    def sample_stale(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+        rollouts = engine.sample(prompts, eos, **options)
+        now = rollouts.softmax_logp
+        assert now is not None
+        stale = now.clone()
+        if earlier:
+            rows, width = (min(x, y) for x, y in zip(now.shape, earlier[-1].shape, strict=True))
+            stale[:rows, :width] = earlier[-1][:rows, :width]
+        earlier.append(now)
+        return replace(rollouts, softmax_logp=torch.where(rollouts.mask, stale, 0.0))
+
+    return patch_engine(sample_stale)
 
 
 def positions_from_zero(model: CausalLM, prompts: Any, batch: Any, mask: Tensor) -> Tensor:

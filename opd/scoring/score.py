@@ -53,6 +53,8 @@ METRICS_ONLY = Requirements(
 distributions."""
 
 
+EXACT_DTYPES = frozenset({torch.float32, torch.float64})
+"""Dtypes of a student in which the logits of two forward passes can be combined."""
 NOT_SCORED: Any = Missing("a run without a teacher has")
 """`teacher_logp` of rollouts that no teacher scored."""
 
@@ -67,7 +69,7 @@ class ScoreRequest:
     """Temperature of the log-probabilities."""
     full_statistics: bool = True
     """Whether metrics of whole distributions are wanted. Without them the student's softmax is
-    that of the sampler, where it is known and the loss needs no more.
+    that of the sampler, where it is known, exact enough, and the loss needs no more.
     """
     eos_map: EosMap | None = None
     """EOS ids of both models, for their metrics."""
@@ -89,19 +91,25 @@ class ScoreRequest:
         support = self.requirements.support
         return "teacher" if support in ("none", "full") else support
 
-    def allows_sampler_softmax(self, rollouts: Rollouts) -> bool:
+    def allows_sampler_softmax(self, rollouts: Rollouts, dtype: torch.dtype) -> bool:
         """Return whether the student's softmax of the rollouts can be taken from the sampler.
 
         It is that of the weights that sampled, so they must be the student's present ones, and
-        rounding differences of another inference engine stay hidden.
+        rounding differences of another inference engine stay hidden. The normaliser is then of the
+        sampler's pass and the logits of the support of another one, each rounded to half a unit in
+        the last place: in bfloat16 1/16 for a logit of 16 to 32, so that a support of mass 1 gets
+        1.06 or more, and 2^-20 in float32. A student in half precision is therefore scored whole.
 
         Args:
             rollouts: The rollouts.
+            dtype: The student's.
 
         Returns:
             Whether a full pass of the student's head can be skipped.
         """
         needs = self.requirements
+        if dtype not in EXACT_DTYPES:
+            return False
         if self.full_statistics or self.map_eos or needs.distributions or needs.normalised:
             return False
         known = rollouts.softmax_logp is not None and rollouts.temperature == self.temperature
@@ -164,7 +172,7 @@ def score_batch(
     _check_request(student, teacher, request)
     is_local = Capability.HIDDEN_STATES in teacher.capabilities
     has_teacher = bool(teacher.capabilities)
-    reuses_sampler = request.allows_sampler_softmax(rollouts)
+    reuses_sampler = request.allows_sampler_softmax(rollouts, student.network.dtype)
     if has_teacher and not is_local and request.source in STUDENT_SUPPORTS:
         columns = chosen_columns(
             student,
@@ -224,7 +232,8 @@ def _token_columns(
         eos_map = request.eos_map if request.map_eos else None
         answers = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
     sampler_logp = None
-    if request.allows_sampler_softmax(rollouts) and rollouts.softmax_logp is not None:
+    reuses_sampler = request.allows_sampler_softmax(rollouts, student.network.dtype)
+    if reuses_sampler and rollouts.softmax_logp is not None:
         sampler_logp = rollouts.softmax_logp[rollouts.sampled]
     num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
     token_index = flat_index(rollouts.sampled)

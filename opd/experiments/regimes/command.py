@@ -104,21 +104,38 @@ def main(argv: list[str]) -> None:
     """Run `opd map [--preset small] [--regimes R ...] [--methods M ...] [--pairs N]`."""
     options = parse_options(MapOptions, argv, "opd map")
     folder, cells = MapFolder(options.root), cells_to_run(options)
+    failure = None
+    try:
+        run_cells(folder, cells, options)
+    except OperationFailed as error:
+        failure = error
+    # where every run failed, there is no bank, and the failure is what matters
+    if options.bank is not None and any(folder.is_finished(cell) for cell in cells):
+        print(write_bank(folder, cells, options.bank))
+    if failure is not None:
+        raise failure
+
+
+def run_cells(folder: MapFolder, cells: Sequence[Cell], options: MapOptions) -> None:
+    """Build the pairs of some cells, train the cells and, if wanted, evaluate them.
+
+    Args:
+        folder: Folder of the map.
+        cells: The cells.
+        options: The options.
+
+    Raises:
+        OperationFailed: A pair, a run or an evaluation failed.
+    """
     pairs = list(dict.fromkeys((cell.regime, cell.pair) for cell in cells))
     run_all("pairs", prepare_pair, [(folder, *pair) for pair in pairs], options)
     settings = RunSettings(options.split, options.steps, options.lr)
-    try:
-        run_all("runs", run_cell, [(folder, cell, settings) for cell in cells], options)
-        if options.evaluate:
-            starts = [(folder, *pair, settings) for pair in pairs]
-            run_all("evaluations of students", evaluate_start, starts, options)
-            finals = [(folder, cell, settings) for cell in cells]
-            run_all("evaluations of runs", evaluate_cell, finals, options)
-    finally:
-        # where every run failed, there is no bank, and the failure is what matters
-        if options.bank is not None and any(folder.is_finished(cell) for cell in cells):
-            count = write_bank(folder, cells, options.bank)
-            print(f"{options.bank}: {count} runs")
+    run_all("runs", run_cell, [(folder, cell, settings) for cell in cells], options)
+    if options.evaluate:
+        starts = [(folder, *pair, settings) for pair in pairs]
+        run_all("evaluations of students", evaluate_start, starts, options)
+        finals = [(folder, cell, settings) for cell in cells]
+        run_all("evaluations of runs", evaluate_cell, finals, options)
 
 
 def run_all(

@@ -195,6 +195,15 @@ def test_what_the_sampler_does_not_know_is_computed(rolled) -> None:
         torch.testing.assert_close(student_logp, p.gather(-1, y)[:, 0], atol=1e-5, rtol=0)
 
 
+def test_two_passes_in_half_precision_are_not_combined(rolled) -> None:
+    batch, request = rolled[2], lean_request(5, temperature=0.7)
+    allowed = {
+        dtype: request.allows_sampler_softmax(batch, dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    }
+    assert list(allowed.values()) == [True, True, False, False]
+
+
 def test_what_cannot_be_scored_is_refused(rolled) -> None:
     pair, prompts, batch = rolled
     for support, k, message in (

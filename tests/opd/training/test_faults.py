@@ -52,6 +52,8 @@ ALARMS = {
     "support renormalised twice": ("support_values", 2),
     "support's mass a fifth": ("support_values", 2),
     "support's mass above 1": ("support_mass", 1),
+    "support at another temperature": ("support_mass", 2),
+    "softmax of the step before": ("support_mass", 2),
     "two BOS": ("doubled_bos", 1),
     "teacher's positions not shifted": ("teacher_padding", 2),
     "teacher in bfloat16, unchecked start": ("teacher_precision", 1),
@@ -102,6 +104,7 @@ def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
             "top_p": 0.9,
         },
         {"dtype": "bfloat16", "denominator": "group_mean", "rescore_every": 1},
+        {"dtype": "bfloat16", "objective": "teacher_topk", "full_metrics_every": 9},
         {
             "lora_rank": 2,
             "updates_per_batch": 2,
@@ -109,11 +112,18 @@ def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
             "temperature": 0.9,
         },
     ],
-    ids=["masked top-p", "bfloat16", "adapters"],
+    ids=["masked top-p", "bfloat16", "bfloat16, few full metrics", "adapters"],
 )
 def test_a_healthy_run_is_silent(pairs, tmp_path: Path, changes: dict[str, object]) -> None:
-    result = run_outcome(pairs["qwen2"], tmp_path / "run", 4, Fault(settings=changes))
+    steps = 6 if "full_metrics_every" in changes else 4
+    result = run_outcome(pairs["qwen2"], tmp_path / "run", steps, Fault(settings=changes))
     assert result == {"refused": "", "alarms": {}}
+    for row in rows.read_rows(tmp_path / "run" / "rows.jsonl"):
+        assert row["consistency/support_mass_over_share"] == 0
+        # the student is scored by itself, also where few metrics are due
+        assert (row["consistency/sampler_log_ratio_square"] > 0) or changes.get(
+            "dtype"
+        ) != "bfloat16"
 
 
 def train_in_faulty_rank(config: Config) -> None:

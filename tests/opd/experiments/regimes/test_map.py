@@ -150,7 +150,8 @@ def test_the_bank_has_the_outcome_and_the_measurements_of_each_finished_run(
         for step, accuracy in evaluations[::-1]
     ]
     (run / "evals.jsonl").write_text("".join(lines))
-    assert write_bank(folder, cells, folder.root / "bank.csv") == 1
+    line = write_bank(folder, cells, folder.root / "bank.csv")
+    assert "bank.csv: 1 of 2 runs; it lacks density-1/sampled-0, which are not finished" in line
     header, row = (folder.root / "bank.csv").read_text().splitlines()
     assert dict(zip(header.split(","), row.split(","), strict=True)) == {
         "pair": "density-1-0",
@@ -164,6 +165,58 @@ def test_the_bank_has_the_outcome_and_the_measurements_of_each_finished_run(
         "reverse_kl": "0.123457",
         "snr": "nan",
     }
+
+
+def finish_run(folder: MapFolder, cell: Cell, measurements: dict[str, float]) -> None:
+    """Write what a bank reads of a finished run and its pair; no measurements, no file."""
+    run, measured = folder.run(cell), folder.measurements(cell.regime, cell.pair)
+    (run / "final").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    lines = (json.dumps({"step": step, "accuracy": 0.5, "outcomes": ""}) for step in (0, 30))
+    (run / "evals.jsonl").write_text("\n".join(lines) + "\n")
+    measured.parent.mkdir(exist_ok=True)
+    if measurements:
+        measured.write_text(json.dumps(measurements))
+
+
+@pytest.mark.parametrize(
+    ("measurements", "message"),
+    [
+        ({}, "the pair of density-1/lsm-1 was not measured .* there is no .*density-1-1.json; run"),
+        (
+            {"snr": 2.0},
+            r"density-1-1.json and that of density-1/lsm-0 differ .*\(reverse_kl, snr\)",
+        ),
+    ],
+)
+def test_a_bank_with_a_pair_that_lacks_measurements_is_not_written(
+    tmp_path: Path, measurements: dict[str, float], message: str
+) -> None:
+    folder, cells = MapFolder(tmp_path), [Cell("density-1", "lsm", seed) for seed in (0, 1)]
+    finish_run(folder, cells[0], {"reverse_kl": 0.25})
+    finish_run(folder, cells[1], measurements)
+    path = tmp_path / "bank.csv"
+    for earlier in (None, "the earlier bank"):
+        if earlier:
+            path.write_text(earlier)
+        with pytest.raises(InvalidInput, match=message):
+            write_bank(folder, cells, path)
+        assert (path.read_text() if path.exists() else None) == earlier
+
+
+def test_a_failure_is_reported_beside_a_bank_of_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of the pair is a file, so that it cannot be built."""
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "density-1-0").touch()
+    finish_run(MapFolder(tmp_path), Cell("density-1", "lsm", 0), {"reverse_kl": 0.25})
+    argv = ["--root", str(tmp_path), "--regimes", "density-1", "--methods", "lsm", "sft"]
+    argv += ["--pairs", "1", "--jobs", "1", "--bank", str(tmp_path / "bank.csv")]
+    with pytest.raises(OperationFailed, match=r"1 of 1 pairs failed, see .*logs; run the same"):
+        command.main(argv)
+    assert "1 of 2 runs; it lacks density-1/sft-0, which are not" in capsys.readouterr().out
+    assert len((tmp_path / "bank.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
