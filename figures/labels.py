@@ -8,6 +8,7 @@ METHODS = {
     "teacher": "teacher",
     "start": "before training",
     "sampled_token": "sampled token",
+    "sampled_token_long": "sampled token, 48 steps",
     "sampled": "sampled token",
     "sampled_mask": "sampled token, mask",
     "sampled_top_p": "sampled token, top-p",

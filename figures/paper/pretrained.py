@@ -1,6 +1,7 @@
 """A real pretrained model before and after distillation: accuracy by seed, KL and truncation."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
@@ -33,14 +34,19 @@ CAPTION = (
     "A pretrained model taught by its own copy: both are SmolLM2-135M-Instruct after supervised "
     "fine-tuning of LoRA adapters on word problems of two or three sums, the student for 12 and "
     "the teacher for 72 steps of eight demonstrations. Left: share of the held-out test problems "
-    "solved with greedy decoding, before (grey) and after 24 steps of 16 responses, a mark a seed; "
+    "solved with greedy decoding, before (grey) and after 24 steps of 16 responses (the sampled "
+    "token also after 48), a mark a seed; "
     "whiskers: 95 % intervals over problems; dotted: the teacher, its interval in grey. Middle and "
     "right: KL per token, estimated by log p - log q of the sampled tokens, and share of truncated "
     "responses, of the rollouts of each step; thin: seeds, thick: their mean over five steps. The "
     "learning rate was chosen on other problems."
 )
 GROUP, TEACHER = "pretrained", "teacher"
-METHODS = {"sampled_token": (style.RED, "o"), "teacher_topk": (style.BLUE, "s")}
+METHODS = {
+    "sampled_token": (style.RED, "o"),
+    "sampled_token_long": (style.ORANGE, "^"),
+    "teacher_topk": (style.BLUE, "s"),
+}
 """Color and mark of each method."""
 DARK = "#444444"
 HELD_OUT, ROLLOUTS = "held out", "rollouts"
@@ -48,6 +54,8 @@ CURVES = {"cost": "KL per token, nats", "truncated": metric_label("response/trun
 """Column of the rollouts to the title of its panel."""
 WINDOW = 5
 """Steps that the thick lines average."""
+TICK_WIDTH = 8
+"""Characters of a line of a method's name below its marks."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
@@ -90,7 +98,7 @@ def draw_accuracy(axes: Any, table: pd.DataFrame) -> None:
         axes.axhspan(low, high, color=DARK, alpha=0.08, lw=0)
     axes.set_xticks(
         range(len(names) + 1),
-        ["before", *(method_label(name).replace(" ", "\n") for name in names)],
+        ["before", *(fill(method_label(name), TICK_WIDTH) for name in names)],
     )
     axes.set(xlim=(-0.5, len(names) + 0.5), ylim=(0, 1))
     axes.set_title("Test problems solved")
@@ -99,7 +107,10 @@ def draw_accuracy(axes: Any, table: pd.DataFrame) -> None:
 
 def draw_curves(axes: Any, rollouts: pd.DataFrame, column: str) -> None:
     """Draw a column of the rollouts by step: every seed, and the mean of seeds and WINDOW steps."""
-    for name, (color, _) in METHODS.items():
+    steps = rollouts.groupby("method")["step"].max()
+    # shorter runs above longer ones, which begin alike
+    for name in sorted((name for name in METHODS if name in steps), key=lambda name: -steps[name]):
+        color, _ = METHODS[name]
         values = rollouts[rollouts["method"] == name].pivot_table(
             index="step", columns="seed", values=column
         )

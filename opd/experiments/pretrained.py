@@ -1,9 +1,10 @@
 """Cells of `opd paper` on the models of `opd lab --pretrained`: one real model, taught twice.
 
 Student and teacher are SmolLM2-135M-Instruct after few and after many steps of the same lessons.
-Both methods of the paper's main comparison train the student on its own responses. The seed is that
-of prompts and sampling; the models are the same in every cell. Runs are evaluated on the problems
-of test.jsonl, before and after; the learning rate was chosen with those of validation.jsonl
+Both methods of the paper's main comparison train the student on its own responses, the sampled
+token also for twice as many steps, since its gradient is noisier. The seed is that of prompts and
+sampling; the models are the same in every cell. Runs are evaluated on the problems of test.jsonl,
+before and after; the learning rate was chosen with those of validation.jsonl
 (docs/pretrained-pair.md).
 """
 
@@ -16,6 +17,7 @@ TEACHER = "teacher"
 """An additional cell: the teacher itself, evaluated and not trained."""
 PRETRAINED_METHODS: dict[str, tuple[str, ...]] = {
     "sampled_token": ("--objective", "sampled_token"),
+    "sampled_token_long": ("--objective", "sampled_token", "--steps", "48", "--eval-every", "24"),
     "teacher_topk": ("--objective", "teacher_topk"),
 }
 """Method of the group "pretrained" to its settings."""
