@@ -14,6 +14,7 @@ from figures.collect.paired import (
     outcome_matrix,
     paired_interval,
 )
+from figures.collect.regimes import gains
 from figures.collect.steps import seed_means
 from figures.registry import read_table
 
@@ -38,6 +39,7 @@ class Tables:
     def __init__(self, folder: Path) -> None:
         """Create an empty cache of the tables in `folder`."""
         self.folder, self._read = folder, dict[str, pd.DataFrame]()
+        self._gains = dict[tuple[str, str], pd.DataFrame]()
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         """Return the table NAME.csv."""
@@ -65,6 +67,12 @@ class Tables:
         if len(table) != 1:
             raise InvalidInput(f"{name}: {filters} selects {len(table)} rows, expected 1")
         return tuple(float(table[c].iloc[0]) for c in ("value", "low", "high"))  # type: ignore[return-value]
+
+    def gains(self, regime: str, method: str) -> pd.DataFrame:
+        """Return `figures.collect.regimes.gains` of the map's table, which many claims read."""
+        if (regime, method) not in self._gains:
+            self._gains[regime, method] = gains(self["regimes"], regime, method)
+        return self._gains[regime, method]
 
     def final(self, group: str, task: str = "") -> pd.DataFrame:
         """Return the last evaluation of every run of a group and task."""

@@ -15,7 +15,7 @@ from figures.claims.measures import (
     verdict_equal,
     verdict_positive,
 )
-from figures.collect.regimes import difference_of_gains, gains
+from figures.collect.regimes import paired_gains
 
 MIN_PAIRS = 5
 """Pairs of models that a regime needs to decide a claim."""
@@ -46,9 +46,9 @@ def higher_gain(
             regime: direction * of_regime
             for regime in regimes_by_share(table)
             for of_regime in (
-                difference_of_gains(table, regime, method, baseline)
+                paired_gains(tables.gains(regime, method), tables.gains(regime, baseline))
                 if baseline
-                else gains(table, regime, method),
+                else tables.gains(regime, method),
             )
             if len(of_regime) >= MIN_PAIRS
         }

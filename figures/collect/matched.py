@@ -127,7 +127,8 @@ def step_within(curve: pd.DataFrame, cost: str, budget: float) -> int:
 
 def collapsed_seeds(evaluations: pd.DataFrame, method: str) -> list[int]:
     """Return the seeds of a method whose runs collapse (COLLAPSE_SHARE)."""
-    rows = evaluations[evaluations["method"] == method].sort_values("step")
+    columns = ["seed", "step", "accuracy"]
+    rows = evaluations.loc[evaluations["method"] == method, columns].sort_values("step")
     seeds = []
     for seed, run in rows.groupby("seed"):
         best = run["accuracy"].cummax().shift(fill_value=0.0)

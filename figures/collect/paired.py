@@ -21,7 +21,7 @@ def last_evaluations(table: pd.DataFrame) -> pd.DataFrame:
 
 def outcome_matrix(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """Return the (seeds, problems) outcomes of a method from a table of one group and task."""
-    method_rows = table[table["method"] == method].sort_values("seed")
+    method_rows = table.loc[table["method"] == method, ["seed", "outcomes"]].sort_values("seed")
     accuracies = [problem_accuracies(x) for x in method_rows["outcomes"]]
     # one array, because pandas makes a column object of every problem of a list of arrays
     values = np.stack(accuracies) if accuracies else np.empty((0, 0))

@@ -100,7 +100,8 @@ def gains(table: pd.DataFrame, regime: str, method: str) -> pd.DataFrame:
     Returns:
         (pairs, problems) differences; empty if the method has no runs there.
     """
-    rows = table[(table["group"] == regime) & (table["method"] == method)]
+    columns = ["group", "method", "seed", "task", "step", "outcomes"]  # a copy of all takes long
+    rows = table.loc[(table["group"] == regime) & (table["method"] == method), columns]
     if rows.empty:
         return pd.DataFrame()
     first = outcome_matrix(rows[rows["step"] == 0], method)
@@ -127,7 +128,11 @@ def difference_of_gains(
     Returns:
         (pairs, problems) differences over the pairs that both have; empty if there are none.
     """
-    of_method, of_baseline = gains(table, regime, method), gains(table, regime, baseline)
+    return paired_gains(gains(table, regime, method), gains(table, regime, baseline))
+
+
+def paired_gains(of_method: pd.DataFrame, of_baseline: pd.DataFrame) -> pd.DataFrame:
+    """Subtract the `gains` of a baseline from those of a method, over the pairs that both have."""
     pairs = of_method.index.intersection(of_baseline.index)
     if not len(pairs):
         return pd.DataFrame()

@@ -241,13 +241,13 @@ def summarize_table(table: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFra
     final, first = last_evaluations(table), table[table["step"] == 0]
     records = []
     present_methods = [method for method in methods if method in set(final["method"])]
-    for method in present_methods:
-        values = outcome_matrix(final, method)
+    matrices = {method: outcome_matrix(final, method) for method in present_methods}
+    for method, values in matrices.items():
         mean, low, high = accuracy_interval(values.to_numpy(float))
         row = {"method": method, "seeds": len(values), "before": first["accuracy"].mean()}
         row |= {"accuracy": mean, "low": low, "high": high}
         if method != present_methods[0]:
-            gain = paired_difference(values, outcome_matrix(final, present_methods[0]))
+            gain = paired_difference(values, matrices[present_methods[0]])
             row |= {"pairs": gain["seeds"], "away": gain["value"]}
             row |= {"away_low": gain["low"], "away_high": gain["high"]}
             row |= {"p": gain["p"], "p_seeds": gain["p_seeds"]}

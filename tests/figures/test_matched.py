@@ -15,9 +15,9 @@ from figures.claims.matched_measures import (
     equal_view_accuracy,
     view_accuracy,
 )
-from figures.claims.measures import Tables
 from figures.collect.matched import collapsed_seeds, matched_table
 from figures.paper import controls, views
+from tests.figures.in_memory_tables import InMemoryTables
 from tests.helpers.written_runs import write_run
 
 SECONDS = {"on_policy_topk": 4.0, "sft": 1.0}
@@ -145,18 +145,10 @@ def test_views_need_their_runs(control_runs: list[Path]) -> None:
         views.draw(views.collect(control_runs))
 
 
-class RecordedTables(Tables):
-    """Tables of the runs of these tests."""
-
-    def __init__(self, **tables: pd.DataFrame) -> None:
-        super().__init__(Path())
-        self._read = tables
-
-
 def test_claims_are_measured_at_the_end_or_within_the_budget(
     control_runs: list[Path], view_runs: list[Path]
 ) -> None:
-    tables = RecordedTables(views=views.collect(view_runs), controls=controls.collect(control_runs))
+    tables = InMemoryTables(views=views.collect(view_runs), controls=controls.collect(control_runs))
     improves = view_accuracy("frozen_solution")(tables)
     assert improves.measurement.startswith("0.750 [")
     assert "against 0.250 [" in improves.measurement

@@ -16,6 +16,7 @@ from figures.claims import claims, gallery, measures
 from figures.collect import paired, steps
 from figures.paper import comparison, gap, loop, scatter, segmentation
 from figures.registry import DATA, PAPER_FIGURES, commands_for_table, figure_module, table_path
+from tests.figures.in_memory_tables import InMemoryTables
 from tests.helpers.saved_runs import expected_tokens
 
 OUTCOMES = {
@@ -252,13 +253,6 @@ def test_verdicts_go_by_intervals() -> None:
     assert (
         measures.verdict_equal(0.06, 0.1) == measures.verdict_equal(-0.1, -0.06) == measures.DIFFERS
     )
-
-
-class InMemoryTables(measures.Tables):
-    """Tables given as data frames."""
-
-    def __init__(self, **tables: pd.DataFrame) -> None:
-        self._read = tables
 
 
 def evaluation_tables(**outcomes: tuple[str, str]) -> InMemoryTables:

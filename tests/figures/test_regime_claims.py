@@ -12,6 +12,7 @@ from figures.claims.regime_measures import (
     regimes_by_share,
     summarize_verdicts,
 )
+from tests.figures.in_memory_tables import InMemoryTables
 
 
 def differences(mean: float, num_pairs: int = 5, num_problems: int = 200) -> pd.DataFrame:
@@ -74,12 +75,12 @@ def table() -> pd.DataFrame:
 def test_regimes_are_listed_by_foreign_tokens_and_need_five_pairs(table: pd.DataFrame) -> None:
     assert regimes_by_share(table) == ["density-0", "ends-1", "density-1", "density-5"]
     assert nearest_to_paper(table) == "density-1"
-    result = higher_gain("sampled")({"regimes": table})  # type: ignore[arg-type]
+    result = higher_gain("sampled")(InMemoryTables(regimes=table))
     assert "agrees in density-0 +0.50, density-1 +0.50" in result.measurement
     assert "density-5 -0.50" in result.measurement
     assert "ends-1" not in result.measurement
-    reverse = higher_gain("sampled", direction=-1)({"regimes": table})  # type: ignore[arg-type]
+    reverse = higher_gain("sampled", direction=-1)(InMemoryTables(regimes=table))
     assert "density-1 -0.50" in reverse.measurement
-    nothing = higher_gain("lsm", "sampled")({"regimes": table})  # type: ignore[arg-type]
+    nothing = higher_gain("lsm", "sampled")(InMemoryTables(regimes=table))
     assert nothing.verdict == "undecided"
     assert nothing.measurement == "no regime has 5 pairs of models with both methods"

@@ -60,8 +60,8 @@ def test_recorded_tables_draw_without_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from figures.__main__ import main\n"
         "from figures.registry import figure_module, figure_names\n"
-        "for name in ('horizon', 'comparison', 'lorenz'): main([name, '--out', sys.argv[1]])\n"
-        "main(['comparison', '--out', sys.argv[1], '--width', 'column'])\n"
+        "for name in ('improvement', 'comparison', 'lorenz'): main([name, '--out', sys.argv[1]])\n"
+        "main(['improvement', '--out', sys.argv[1], '--width', 'column'])\n"
         "for name in figure_names(): figure_module(name)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
@@ -71,7 +71,7 @@ def test_recorded_tables_draw_without_torch(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stderr
     assert {"training", "toy", "horizon"} < set(figure_names())
     names = {Path(line).name for line in completed.stdout.split()}
-    written = ("horizon", "comparison", "comparison-column", "lorenz")
+    written = ("improvement", "improvement-column", "comparison", "lorenz")
     pictures = {f"{n}.{s}" for n in written for s in ("png", "pdf")}
     assert names == pictures | {"comparison.md", "comparison.csv"}
     assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
