@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def code_state(root: Path = ROOT) -> CodeState:
     )
 
 
+@cache
 def package_version(name: str) -> str:
     """Return the version of an installed distribution, or "unknown"."""
     try:
