@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import benchmarks.step
 import opd.models.fsdp
 import opd.rollouts.decoding
 import opd.rollouts.static_cache
@@ -38,7 +42,7 @@ from benchmarks.gpu.table import markdown, write_results
 from opd.models import gathered_head
 from opd.models.lm_head import LmHead
 from opd.training.optimizer import Optimizer
-from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import run_module, run_process
 
 TOY = Setting("cpu", toy=True)
 
@@ -46,18 +50,39 @@ TOY = Setting("cpu", toy=True)
 # --- the dry run --------------------------------------------------------------------------------
 
 
+def run_in_fork(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE OPTIONS` in a fork of this process, as `subprocess.run` would."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            exit_code = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                run_module(line[line.index("-m") + 1 :])
+                sys.stdout.flush()
+                exit_code = 0
+            finally:
+                os._exit(exit_code)
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return subprocess.CompletedProcess(line, exit_code, output.read(), "")
+
+
+def dry_run(folder: Path) -> None:
+    """Run the command; the trainer that it starts in a process of its own is a fork of this one."""
+    setattr(benchmarks.step, "subprocess", SimpleNamespace(run=run_in_fork))  # noqa: B010
+    sys.exit(main(["--dry-run", "--minutes", "60", "--out", str(folder)]))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run it in a new interpreter, where Triton has not been imported before its interpreter."""
-    folder = tmp_path_factory.mktemp("gpu") / "out"
-    line = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--minutes", "60"]
-    process = subprocess.run(
-        [*line, "--out", str(folder)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    report = (folder / "results.md").read_text()
+    """Run it in a process where Triton's interpreter is selected, as by the command itself."""
+    folder = tmp_path_factory.mktemp("gpu")
+    process = run_process(folder, dry_run, folder / "out")
+    assert process.exit_code == 0, process.stdout + process.stderr
+    report = (folder / "out" / "results.md").read_text()
     assert report in process.stdout
-    return {**json.loads((folder / "results.json").read_text()), "report": report}
+    return {**json.loads((folder / "out" / "results.json").read_text()), "report": report}
 
 
 def test_every_part_is_right_or_says_why_it_was_skipped(results: dict[str, Any]) -> None:

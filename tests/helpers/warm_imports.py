@@ -4,6 +4,7 @@ Such a search in a fork would also copy every page of memory that it shares with
 """
 
 import gc
+import os
 from importlib import import_module
 
 from opd.cli.main import GARBAGE_THRESHOLDS
@@ -15,6 +16,7 @@ MODULES = (
     "diagnostics.monitor",
 )
 
+os.environ["TRITON_INTERPRET"] = "1"  # read when torch imports triton; forks compute on CPUs
 gc.disable()
 for name in MODULES:
     import_module(name)

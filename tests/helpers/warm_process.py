@@ -7,11 +7,11 @@ and not about how it is started, use `start_process` and `start_ranks`.
 import multiprocessing
 import os
 import resource
-import signal
+import runpy
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -83,6 +83,18 @@ def run_process(
     return process
 
 
+def run_module(words: Sequence[str], *, closed_pipe: bool = False) -> None:
+    """Do in this process what `python -m WORDS` does, perhaps with a closed pipe as its output."""
+    if closed_pipe:
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        os.dup2(write_end, 1)
+        os.close(write_end)
+    sys.argv = [*words]
+    sys.modules.pop(words[0], None)  # or runpy warns that the module is imported
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
 def skip_file_sync() -> None:
     """Let `os.fsync` return at once in this process.
 
@@ -145,8 +157,7 @@ def wait_for_ranks(ranks: list[WarmProcess], timeout: float = 600) -> tuple[int,
     code = next((rank.exit_code for rank in ranks if rank.exit_code), 0)
     for rank in ranks:
         if rank.exit_code is None:
-            assert rank.process.pid is not None
-            os.kill(rank.process.pid, signal.SIGTERM)
+            rank.process.terminate()
         rank.wait()
     return code, "".join(rank.stdout + rank.stderr for rank in ranks)
 

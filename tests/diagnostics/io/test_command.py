@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from diagnostics.io import files
 from diagnostics.io.command import EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, run_command
 from diagnostics.io.packages import load_package
 from diagnostics.records.rows import read_rows
-from tests.helpers.bare_process import Ended, run_programs
 from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import run_module, run_process
 
 
 def raised_by_command(error: BaseException) -> BaseException:
@@ -68,15 +69,6 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     assert process.returncode == EXIT_CLOSED_PIPE
 
 
-def module_program(words: tuple[str, ...], *, closed_pipe: bool = False) -> str:
-    """Return a program that does what `python -m WORDS` does, perhaps into a closed pipe."""
-    closing = "read, write = os.pipe(); os.close(read); os.dup2(write, 1); os.close(write)\n"
-    return (
-        f"import os, runpy, sys\n{closing if closed_pipe else ''}sys.argv = {list(words)}\n"
-        f"runpy.run_module({words[0]!r}, run_name='__main__', alter_sys=True)"
-    )
-
-
 WRITING = (
     ("opd.cli.main", "train", "smoke", "--show"),
     ("opd.cli.main", "study", "list"),
@@ -95,27 +87,17 @@ FAILING = {
 """Commands with a mistake, and the message."""
 
 
-@pytest.fixture(scope="module")
-def ended() -> dict[str, Ended]:
-    """Run the commands in forks of an interpreter that has imported what most of them need."""
-    programs = [module_program(words, closed_pipe=True) for words in WRITING]
-    programs += [module_program(words) for words in FAILING]
-    return run_programs("import pandas, torch, transformers, tyro\n", programs)
-
-
 @pytest.mark.parametrize("words", WRITING, ids=" ".join)
-def test_no_command_minds_a_closed_pipe(ended: dict[str, Ended], words: tuple[str, ...]) -> None:
-    process = ended[module_program(words, closed_pipe=True)]
+def test_no_command_minds_a_closed_pipe(tmp_path: Path, words: tuple[str, ...]) -> None:
+    process = run_process(tmp_path, partial(run_module, words, closed_pipe=True))
     assert process.stderr == ""
-    assert process.code == EXIT_CLOSED_PIPE
+    assert process.exit_code == EXIT_CLOSED_PIPE
 
 
 @pytest.mark.parametrize("words", FAILING, ids=" ".join)
-def test_every_entry_point_answers_in_one_line(
-    ended: dict[str, Ended], words: tuple[str, ...]
-) -> None:
-    process = ended[module_program(words)]
-    assert process.code != 0
+def test_every_entry_point_answers_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    process = run_process(tmp_path, run_module, words)
+    assert process.exit_code != 0
     assert "Traceback" not in process.stderr
     assert FAILING[words] in process.stderr.strip().splitlines()[-1]
 

@@ -1,11 +1,9 @@
 """LM heads: gathered products, top-K and the split of real models, against dense autograd."""
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from opd.models.lm_head import LmHead, LogitsHead, two_stage_topk
 from opd.models.model import CausalLM, split_head
 from opd.scoring.chunked_loss import chunked_loss
 from tests.helpers.architectures import ARCHITECTURES, random_network
+from tests.helpers.warm_process import run_process
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -89,17 +88,10 @@ def test_gathered_product_adds_up_in_float32(dtype, value, gradient, id_spread: 
     )
 
 
-def test_triton_kernels_agree_with_torch() -> None:
+def test_triton_kernels_agree_with_torch(tmp_path: Path) -> None:
     """Uses Triton's interpreter, which must be selected before the first import; needs no GPU."""
-    command = [sys.executable, "-c", "from tests.opd.models.test_lm_head import compare; compare()"]
-    process = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    process = run_process(tmp_path, compare)
+    assert process.exit_code == 0, process.stderr
 
 
 def compare() -> None:

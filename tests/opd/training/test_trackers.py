@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row, read_rows
 from opd.training import trackers
 from opd.training.trackers import numeric_values, open_trackers, with_eval_prefix
+from tests.helpers.warm_process import run_process
 
 CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
 EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
@@ -141,25 +141,23 @@ def test_wandb_runs_offline_and_keeps_its_identity(
     assert steps == [[0, 1, 2, 3], [2, 3, 4, 5]]
 
 
+def record_in_trackio(folder: Path) -> None:
+    """Record four steps, go on from the second as after a kill, and print what trackio holds."""
+    os.environ.pop("TRACKIO_PROJECT", None)
+    run(folder, ("trackio",), 0, 4)
+    run(folder, ("trackio",), 2, 6)
+    import trackio
+
+    (record,) = trackio.Api().runs("opdlab")
+    logs = trackio.SQLiteStorage.get_logs("opdlab", record.name, run_id=record.id)
+    print("FOUND" + json.dumps([record.config, logs]))
+
+
 def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     """In a separate process: trackio reads TRACKIO_DIR when it is imported."""
-    program = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from tests.opd.training.test_trackers import run\n"
-        "folder = Path(sys.argv[1]) / 'run'\n"
-        "run(folder, ('trackio',), 0, 4)\n"
-        "run(folder, ('trackio',), 2, 6)\n"
-        "import trackio\n"
-        "(one,) = trackio.Api().runs('opdlab')\n"
-        "logs = trackio.SQLiteStorage.get_logs('opdlab', one.name, run_id=one.id)\n"
-        "print('FOUND' + json.dumps([one.config, logs]))\n"
-    )
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.getcwd()}
-    environment.pop("TRACKIO_PROJECT", None)
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    environment = {"TRACKIO_DIR": str(tmp_path / "store")}
+    process = run_process(tmp_path, record_in_trackio, tmp_path / "run", environment=environment)
+    assert process.exit_code == 0, process.stderr
     (output,) = [x for x in process.stdout.splitlines() if x.startswith("FOUND")]
     config, logs = json.loads(output.removeprefix("FOUND"))
     assert config["lr"] == 1e-3

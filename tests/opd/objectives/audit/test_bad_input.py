@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from opd.objectives.audit.audit import audit
 from opd.objectives.audit.card import CAVEATS, FAULTS, WARNINGS
 from opd.objectives.audit.verdict import same_target
 from opd.objectives.user_loss import PARAMETERS
-from tests.helpers.paths import ROOT
+from tests.helpers.warm_process import run_module, run_process
 
 BANK = Path(__file__).parent / "bank"
 SCHEMA = {"verdict", "faults", "warnings", "caveats", "target", "noise", "rest", "evidence"}
@@ -130,12 +129,6 @@ def test_nan_is_a_fault() -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
-def opd_audit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    command = [sys.executable, "-m", "opd.cli.main", "audit", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def audit_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which spares the start of an interpreter."""
     out, err, status = io.StringIO(), io.StringIO(), 0
@@ -174,9 +167,10 @@ def test_status_0_for_a_warning_and_a_module() -> None:
     assert (done.returncode, check_schema(done.stdout)["warnings"]) == (0, ["sequence_mean"])
 
 
-def test_status_1_for_a_faulty_loss_and_for_a_false_claim() -> None:
-    done = opd_audit(f"{BANK / 'faulty' / 'vanishing.py'}:k1_direct", "--json")
-    assert (done.returncode, check_schema(done.stdout)["faults"]) == (1, ["zero_gradient"])
+def test_status_1_for_a_faulty_loss_and_for_a_false_claim(tmp_path: Path) -> None:
+    loss = f"{BANK / 'faulty' / 'vanishing.py'}:k1_direct"
+    process = run_process(tmp_path, run_module, ["opd.cli.main", "audit", loss, "--json"])
+    assert (process.exit_code, check_schema(process.stdout)["faults"]) == (1, ["zero_gradient"])
     loss = f"{BANK / 'right.py'}:k3_direct"
     done = audit_here(loss, "--claims", "token_reverse_kl")
     assert done.returncode == 1
