@@ -60,7 +60,7 @@ def _settings(ks: tuple[int, ...], prefixes: int, iterations: int) -> list[dict[
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "smoke": _settings((4,), 6, 60),
+    "smoke": _settings((4,), 6, 20),
     "quick": _settings((4, 16), 48, 1000),
     "paper": _settings((1, 4, 16), 100, 3000),
 }

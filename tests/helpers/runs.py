@@ -12,7 +12,7 @@ def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
         "prompts_per_step": 3,
         "group_size": 2,
         "max_prompt": 64,
-        "max_response": 12,
+        "max_response": 8,
         "lr": 1e-3,
         "support_k": 8,
         "eval_every": 2,

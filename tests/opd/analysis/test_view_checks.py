@@ -61,7 +61,7 @@ def test_the_doctor_says_what_the_teacher_reads(tiny_pair, data: Path, teacher: 
     assert example.startswith("<|im_start|>user\n")
     assert "+1 Hint: " in example
     assert repr(example) in result.found
-    assert numbers["student"] < numbers["teacher"] <= numbers["limit"] == 256 - 12
+    assert numbers["student"] < numbers["teacher"] <= numbers["limit"] == 256 - 8
     assert f"up to {numbers['teacher']} tokens, the student's {numbers['student']}" in result.found
 
 

@@ -350,7 +350,7 @@ def test_a_server_scores_its_own_prompts_and_limits_them(view_run, two_layer_pai
     teacher = FakeTeacher(two_layer_pair[1], limit=60)
     with serve(teacher) as url:
         folder = view_run("run", "{{ prompt }} {{ answer }}", teacher=url, steps=1)
-        with pytest.raises(InvalidInput, match=r"has \d+ tokens, but .* context allows 47"):
+        with pytest.raises(InvalidInput, match=r"has \d+ tokens, but .* context allows 51"):
             view_run("long", "{{ prompt }}{{ ' long' * 9 }}", teacher=url, steps=1)
     file = folder / "batches" / "step_000000.safetensors"
     batch = load_batch(file)
@@ -390,7 +390,7 @@ LONG = "{{ prompt }}{{ ' long' * 60 }}"
         ("{{ reward }}", {"probe_every": 2}, "probe_every is 2, but .* uses the response itself"),
         ("{{ hint }}", {"task": "lab"}, "uses hint, but the task lab has no such columns"),
         ("{{ ' ' }}", {}, r"row \d: teacher_view .* renders to nothing"),
-        (LONG, {}, r"prompt of row \d has 3\d\d tokens, but .* allows 244; shorten"),
+        (LONG, {}, r"prompt of row \d has 3\d\d tokens, but .* allows 248; shorten"),
         (
             "{{ prompt }}",
             {"max_teacher_prompt": 9},
