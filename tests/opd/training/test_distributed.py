@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +26,7 @@ from opd.training.checkpoint import load_optimizer
 from opd.training.optimizer import make_optimizer
 from opd.training.train import train
 from tests.helpers.runs import rows, settings, train_in_rank
-from tests.helpers.warm_process import run_ranks
+from tests.helpers.warm_process import WarmProcess, run_module, run_ranks, start_process
 
 PROGRAM = """
 import gc
@@ -46,44 +44,40 @@ with process_group("cpu"):
 """
 
 
-FOUR_PROMPTS: dict[str, Any] = {"prompts_per_step": 4, "save_every": 1}
+FOUR_PROMPTS: dict[str, Any] = {"prompts_per_step": 4, "max_response": 12, "save_every": 1}
 
 
 ACCELERATE = (
     *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
-"""It starts new interpreters through torch.distributed.run, as torchrun does."""
+"""It starts ranks in new interpreters through torch.distributed.run, as torchrun does."""
 
 
 @contextmanager
-def two_ranks(folder: Path, configs: list[Config]) -> Iterator[subprocess.Popen[str]]:
+def two_ranks(folder: Path, configs: list[Config]) -> Iterator[WarmProcess]:
     """Let accelerate start two ranks that run the configurations; none outlives the block."""
     config_paths = []
     for i, config in enumerate(configs):
         config_paths.append(str(folder / f"{i}.json"))
         Path(config_paths[-1]).write_text(json.dumps(to_flat(config)))
     (folder / "program.py").write_text(PROGRAM)
-    process = subprocess.Popen(
-        [sys.executable, "-m", *ACCELERATE, str(folder / "program.py"), *config_paths],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        start_new_session=True,
-    )
+    words = [*ACCELERATE, str(folder / "program.py"), *config_paths]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    launcher = start_process(folder, run_module, words, environment=environment)
     try:
-        yield process
+        yield launcher
     finally:
-        for process_id in (*worker_ids(process), process.pid):
+        for process_id in (*worker_ids(launcher), launcher.process.pid):
             with suppress(ProcessLookupError):
                 os.kill(process_id, signal.SIGKILL)
-        process.wait()
+        launcher.process.join()
 
 
-def worker_ids(process: subprocess.Popen[str]) -> list[int]:
+def worker_ids(launcher: WarmProcess) -> list[int]:
     """Return the process ids of the ranks that a launcher has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    process_id = launcher.process.pid
+    children = Path(f"/proc/{process_id}/task/{process_id}/children")
     ids = children.read_text().split() if children.exists() else []
     return [int(c) for c in ids if b"program.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
@@ -180,8 +174,8 @@ def run_folders(two_layer_pair, kinds, tmp_path_factory: pytest.TempPathFactory)
 
 def short_config(pair: tuple[Path, Path], out: Path, changes: dict[str, object]) -> Config:
     """Two steps: the second is taken with the weights and the optimizer's state of the first."""
-    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 2, "save_batch_every": 2, **changes}
-    return with_settings(settings(pair, out), **fields)
+    fields: dict[str, Any] = {"prompts_per_step": 4, "max_response": 12, "steps": 2}
+    return with_settings(settings(pair, out), **(fields | {"save_batch_every": 2} | changes))
 
 
 def resumed_configs(two_layer_pair: tuple[Path, Path], folder: Path) -> list[Config]:
@@ -207,9 +201,7 @@ def resumed_configs(two_layer_pair: tuple[Path, Path], folder: Path) -> list[Con
 @pytest.mark.parametrize(
     "name", ["view", "plain", "credit", "chosen", "whole", "adapters", "games", "mixed"]
 )
-def test_two_processes_write_the_rows_of_one(
-    run_folders: Path, two_layer_pair, name: str, sharding: str
-) -> None:
+def test_two_processes_write_the_rows_of_one(run_folders: Path, name: str, sharding: str) -> None:
     single, distributed_run = run_folders / "one" / name, run_folders / sharding / name
     assert_same_rows(single, distributed_run)
     assert evaluations(single) == evaluations(distributed_run)
@@ -315,18 +307,15 @@ def accelerated(two_layer_pair, kinds, tmp_path_factory: pytest.TempPathFactory)
     endless = settings(two_layer_pair, folder / "killed", steps=500, eval_every=0, **FOUR_PROMPTS)
     rows_path = folder / "killed" / "rows.jsonl"
     deadline = time.monotonic() + 600
-    with two_ranks(folder, [complete, endless]) as process:
+    with two_ranks(folder, [complete, endless]) as launcher:
         while not rows_path.exists() or len(rows_path.read_text().splitlines()) < 3:
-            if process.poll() is not None:
-                output, _ = process.communicate()
-                raise AssertionError(output)
+            assert launcher.exit_code is None, launcher.stdout + launcher.stderr
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        workers = worker_ids(process)
+        workers = worker_ids(launcher)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
-        process.communicate(timeout=600)
-        assert process.returncode != 0
+        assert launcher.wait() != 0
     return folder
 
 
