@@ -1,5 +1,6 @@
 """A tiny random pair for all tests, tests of engines, and the list of what may be skipped."""
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -229,5 +230,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        # late: pytest ends with full searches; bindings report what is not freed before the exit
+        atexit.register(gc.unfreeze)
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         gc.enable()
