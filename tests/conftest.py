@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -145,6 +146,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     skip_file_sync()
+    if hasattr(config, "workerinput"):  # an interpreter with torch takes long to be torn down
+        atexit.register(os._exit, 0)
     if config.getoption("--no-new-skips") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipCheck(EXPECTED_SKIPS))
 

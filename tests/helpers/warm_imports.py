@@ -3,6 +3,7 @@
 Such a search in a fork would also copy every page of memory that it shares with its parent.
 """
 
+import atexit
 import gc
 import os
 from importlib import import_module
@@ -16,6 +17,7 @@ MODULES = (
     "diagnostics.monitor",
 )
 
+atexit.register(os._exit, 0)  # an interpreter with torch takes long to be torn down
 os.environ["TRITON_INTERPRET"] = "1"  # read when torch imports triton; forks compute on CPUs
 gc.disable()
 for name in MODULES:
