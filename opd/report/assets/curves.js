@@ -44,7 +44,7 @@ function chart(name) {
   const mine = linesOf(name), holder = make("div", { class: "chart" }), title = titleOf(name);
   holder.dataset.column = name;
   const [mark, text] = explained(name), save = () => download(`${name.replaceAll(/[^\w]+/g, "_")}.csv`, csvOf(mine));
-  holder.append(make("h3", {}, make("span", { textContent: title }), make("span", { class: "tools" }, mark, " ",
+  holder.append(make("h3", {}, make("span", {}, breakable(title)), make("span", { class: "tools" }, mark, " ",
     mine.length ? make("button", { type: "button", class: "link", textContent: "csv", title: "Download the points of this chart", "aria-label": `Download ${name} as CSV`, onclick: save }) : null,
     state.extra.includes(name) ? make("button", { type: "button", class: "link", textContent: "×", "aria-label": `Remove ${name}`, onclick: () => { state.extra = state.extra.filter((x) => x !== name); drawCharts(); } }) : null)));
   holder.append(text);

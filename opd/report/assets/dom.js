@@ -24,6 +24,8 @@ function percent(x) {
   return `${show(100 * x, x > 0.999 && x < 1 ? 5 : x < 1e-3 ? 2 : 3)} %`;
 }
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+// The name of a column may be broken after its slashes and underscores.
+const breakable = (name) => name.split(/(?<=[/_])/).flatMap((part, k) => [k ? make("wbr") : null, part]);
 const words = (name) => name.replaceAll("_", " ");
 
 // The palette of Okabe and Ito, with lighter colours of the same hues for the dark theme.

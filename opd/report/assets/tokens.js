@@ -17,7 +17,7 @@ function tokenSheet(run, i) {
       run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Token ids by share of the log-ratio"));
   }
   const bad = run.sheet.impossible;
-  if (bad) block("Confident student, impossible for the teacher", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of the sum of |log p − log q|: probability above 90 % in the student, below 0.01 % in the teacher. ", bad.share ? "EOS tokens, tags or templates differ; mask them or set map_eos." : "This is healthy."),
+  if (bad) block("Confident student, impossible for the teacher", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of the sum of |log p − log q|: probability above 90 % in the student, below 0.01 % in the teacher. ", bad.share ? "If these are EOS tokens, tags or parts of a template, mask them or set map_eos; otherwise this is where the teacher corrects the student." : "This is healthy."),
     bad.rows.length ? table([["token"], ["id", 1], ["count", 1], ["student's log-prob", 1], ["teacher's", 1]], bad.rows.map((row) => [labelled(row.id), count(row.id), count(row.count), plain(row.student), plain(row.teacher)]), "Impossible tokens") : null);
   if (run.sheet.ends.length) {
     const differ = (key) => new Set(run.sheet.ends.map(key)).size > 1;
@@ -27,8 +27,10 @@ function tokenSheet(run, i) {
       table([["model"], ["EOS token"], ["stops at"]], run.sheet.ends.map((end) => [end.role, end.own === null ? "–" : code(quoted(end.own)), make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "EOS tokens"),
       bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended with EOS.`) : null);
   }
-  if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ratio, mean],
-    run.sheet.special.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens"));
+  const present = run.sheet.special.filter((row) => row.count), absent = run.sheet.special.filter((row) => !row.count);
+  if (run.sheet.special.length) block("Special tokens, last saved batch", present.length ? table([["token"], ["id", 1], ["count", 1], ratio, mean],
+    present.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens") : null,
+    absent.length ? make("p", { class: "small" }, "Not in the loss: ", absent.flatMap((row, k) => [k ? ", " : null, name(row.id)]), ".") : null);
   if (run.sheet.unread.length) blocks.push(make("div", { class: "panel" }, make("h3", { textContent: "Not read" }), small(`The run refers to models outside its folder, whose tokenizers were not read: ${run.sheet.unread.join("; ")}. If you trust the run, use opd report with --models to read them.`)));
   if (!blocks.length) blocks.push(small("The run has no saved batches and no readable tokenizer."));
   return data.runs.length > 1 ? make("details", { class: "sheet", open: i === 0 }, make("summary", {}, make("b", { textContent: run.name })), make("div", { class: "panels" }, blocks)) : make("div", { class: "panels" }, blocks);

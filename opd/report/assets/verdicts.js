@@ -16,7 +16,7 @@ function drawVerdicts() {
 
 function card(run) {
   const alarms = alarmsOf(run), on = alarms.filter((alarm) => alarm.on), config = run.config;
-  const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: "better", open: run.done ? "nothing shown" : "not started", bad: "worse" }[run.verdict.state];
+  const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: improvement(run.verdict.changes), open: run.done ? "nothing shown" : "not started", bad: "worse" }[run.verdict.state];
   const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && (run.seconds < 90 ? `${show(run.seconds, 2)} s` : `${show(run.seconds / 60, 2)} min`)];
   const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `last row: step ${run.done - 1}`;
   return make("article", { class: `card ${{ good: "good", open: "over", bad: "bad" }[run.verdict.state]}` },
@@ -24,6 +24,11 @@ function card(run) {
     small([steps, ...about.filter(Boolean)].join(" · ")),
     make("dl", { class: "tiles" }, run.verdict.changes.map(changeTile)),
     on.map(alarmItem), past(alarms.filter((alarm) => !alarm.on)), unwatched(run), run.notes.map(small));
+}
+// What is better: alone "better" where everything that was measured is.
+function improvement(changes) {
+  const better = changes.filter((change) => change.shown === "better"), measured = changes.filter((change) => known(change.change));
+  return better.length === measured.length ? "better" : `${[...new Set(better.map((change) => change.quantity))].join(", ")} better`;
 }
 const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")}, no longer on` }), alarms.map(alarmItem));
 

@@ -284,14 +284,37 @@ def test_a_run_with_one_row_is_shown(open_page: Any, run: Path, tmp_path: Path) 
     assert problems == []
 
 
+def test_special_tokens_outside_the_loss_are_one_line(
+    open_page: Any, report: dict[str, Any], tmp_path: Path
+) -> None:
+    data = copy.deepcopy(report)
+    ids = [int(i) for i in list(data["runs"][0]["texts"])[:3]]
+    data["runs"][0]["sheet"]["special"] = [
+        {"id": i, "count": count, "signal": 0.5 * count, "cost": 1.0 if count else None}
+        for i, count in zip(ids, (0, 2, 0), strict=True)
+    ]
+    page, problems = open_page(save_page(data, tmp_path))
+    panel = page.locator(".panel", has=page.get_by_text("Special tokens, last saved batch"))
+    assert panel.locator("tbody tr").count() == 1
+    assert panel.locator("tbody td").nth(1).inner_text() == str(ids[1])
+    line = panel.locator("p.small")
+    assert line.inner_text().startswith("Not in the loss: ")
+    assert line.locator("code").count() == 2
+    assert problems == []
+
+
 def test_a_card_has_the_colour_of_its_result(open_page: Any, run: Path, tmp_path: Path) -> None:
     falling = [1.0 - 0.05 * i for i in range(12)]
     histories = {"shrinks": falling, "stays": [1.0] * 12, "grows": falling[::-1]}
+    histories["shrinks, same answers"] = falling
     for name, costs in histories.items():
         (tmp_path / name).mkdir()
         shutil.copy(run / "config.json", tmp_path / name)
         for step, cost in enumerate(costs):
             rows.append_row(tmp_path / name / "rows.jsonl", {"step": step, "divergence/k1": cost})
+    for step in (0, 12):
+        row = {"step": step, "accuracy": 0.5, "outcomes": "01" * 20, "problem_set": "p"}
+        rows.append_row(tmp_path / "shrinks, same answers" / "evals.jsonl", row)
     folders = [tmp_path / name for name in histories]
     page, problems = open_page(save_page(build.report_data(folders), tmp_path))
     colours = {}
@@ -302,7 +325,8 @@ def test_a_card_has_the_colour_of_its_result(open_page: Any, run: Path, tmp_path
         assert label.evaluate("label => getComputedStyle(label).color") == border
         red, green, blue = map(int, re.findall(r"\d+", border)[:3])
         colours[name] = (label.inner_text(), red, green, blue)
-    assert [text for text, *_ in colours.values()] == ["better", "nothing shown", "1 alarm on"]
+    labels = [text for text, *_ in colours.values()]
+    assert labels == ["better", "nothing shown", "1 alarm on", "sampled cost better"]
     _, red, green, blue = colours["shrinks"]
     assert green > max(red, blue)
     _, red, green, blue = colours["stays"]  # amber
