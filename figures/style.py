@@ -10,7 +10,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from diagnostics.errors import InvalidInput
 
@@ -20,6 +27,9 @@ MAX_HEIGHT = 9.2
 """Height in inches of a printed page without its margins."""
 MIN_FONT_SIZE = 7
 """Smallest size of a printed text in points."""
+
+SHORT_RANGE = 30
+"""Ratio of the limits of a logarithmic axis below which it has ticks between the powers of ten."""
 
 # Okabe-Ito palette, distinguishable with color blindness
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -108,10 +118,50 @@ def set_log_axis(axes: Any) -> None:
     """Make the y axis logarithmic, with at least two tick labels however short its range is."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    if high / low < 30:
+    if high / low < SHORT_RANGE:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
+    label_log_axis(axes.yaxis)
+
+
+def label_log_axis(axis: Any) -> None:
+    """Give a logarithmic axis the coarsest ticks of which two have a label, unless it has two.
+
+    Of the decades, 1, 2 and 5 of each, all digits, and equal distances. A range between two powers
+    of ten has no tick of the first kind, and one of a factor of two may have one of the second.
+
+    Args:
+        axis: An axis whose data and limits are final.
+    """
+    low, high = sorted(axis.get_view_interval())
+    locators = [LogLocator(subs=(1, 2, 5)), LogLocator(subs=range(1, 10)), MaxNLocator(4)]
+    while num_labels(axis, low, high) < 2 and locators:
+        axis.set_major_locator(locators.pop(0))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def has_automatic_ticks(axis: Any) -> bool:
+    """Return whether the ticks and labels of an axis follow from its limits."""
+    chosen = isinstance(axis.get_major_locator(), FixedLocator | NullLocator)
+    named = isinstance(axis.get_major_formatter(), FixedFormatter | NullFormatter)
+    return not chosen and not named
+
+
+def num_labels(axis: Any, low: float, high: float) -> int:
+    """Return how many ticks of an axis have a label between its limits."""
+    count = 0
+    for locator, formatter in (
+        (axis.get_major_locator(), axis.get_major_formatter()),
+        (axis.get_minor_locator(), axis.get_minor_formatter()),
+    ):
+        values = locator()
+        labels = formatter.format_ticks(values)
+        count += sum(
+            low <= x <= high and bool(label) for x, label in zip(values, labels, strict=True)
+        )
+    return count
 
 
 def sequential_colors(num_colors: int) -> list[Any]:
@@ -140,10 +190,15 @@ def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
 
 
 def fix_layout(figure: Figure) -> None:
-    """Lay a figure out once, at the resolution of its PNG, and remove its layout engine.
+    """Label logarithmic axes, lay a figure out once, and remove its layout engine.
 
+    It is laid out at the resolution of its PNG.
     `savefig` of a figure with an engine, even one that does nothing, draws everything twice.
     """
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log" and has_automatic_ticks(axis):
+                label_log_axis(axis)
     engine = figure.get_layout_engine()
     if engine is not None:
         # This canvas keeps its renderer, so that the PNG finds the sizes of the texts of the layout

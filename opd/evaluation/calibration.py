@@ -176,7 +176,7 @@ def bin_totals(confidence: Array, correct: Array, num_bins: int | None = None) -
         num_bins = max(1, min(NUM_BINS, len(values) // ANSWERS_PER_BIN))
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     middle_rank = np.cumsum(counts) - counts / 2
-    bins = np.minimum((middle_rank * num_bins / len(values)).astype(int), num_bins - 1)[group]
+    bins = (middle_rank * num_bins / len(values)).astype(int)[group]  # the last rank is below N
     used, bins = np.unique(bins, return_inverse=True)
     totals = np.zeros((3, len(confidence), len(used)))
     for total, addend in zip(totals, (np.ones_like(values), values, outcomes), strict=True):

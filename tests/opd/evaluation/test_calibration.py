@@ -167,6 +167,19 @@ def test_the_interval_of_the_error_covers_it(shift: float) -> None:
         assert num_bootstrap_covered == 0
 
 
+def test_the_interval_of_one_bin_is_that_of_a_normal_mean() -> None:
+    """Of few problems, whose variance is the unbiased one; half an answer of noise is added."""
+    confidence = np.full((3, 40), 0.9)
+    correct = (np.arange(40) < np.array([[4], [12], [8]])).astype(float)
+    totals = bin_totals(confidence, correct, 1)
+    sums = (confidence - correct).sum(1)
+    error = math.sqrt(3 * sums.var(ddof=1) + 0.25) / 120
+    ends = [calibration_error_interval(totals, np.random.default_rng(seed)) for seed in range(30)]
+    low, high = np.mean(ends, axis=0)
+    assert low == pytest.approx(0.7 - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(0.7 + 1.96 * error, abs=0.1 * error)
+
+
 def test_problems_with_more_answers_count_more() -> None:
     generator = np.random.default_rng(3)
     counts = np.array([0, 1, 2, 3, 4] * 40)

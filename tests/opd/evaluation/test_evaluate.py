@@ -26,7 +26,7 @@ from opd.data.grading.graders import (
 from opd.data.prompts import decode_response
 from opd.data.sources import DatasetProblem
 from opd.data.tasks import Task, load_task
-from opd.evaluation.evaluate import evaluate, evaluation_result
+from opd.evaluation.evaluate import evaluate, evaluation_result, problem_fingerprint
 from opd.evaluation.responses import GREEDY, GradedResponses, respond
 from opd.evaluation.statistics import (
     compare,
@@ -115,6 +115,11 @@ def test_the_summary_has_problems_as_its_sampling_unit() -> None:
     assert metrics["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 1 / 2) / 4)
     assert metrics["pass@4"] == 0.75
     assert metrics["majority@4"] == 0.5
+    gaps = {2: np.array([0, 0, 1 / 3, 1 / 4]), 4: np.array([0, 0, 1 / 2, 3 / 4])}
+    for k, gap in gaps.items():
+        assert metrics[f"gap@{k}"] == pytest.approx(gap.mean())
+        ends = (metrics[f"gap@{k}/low"], metrics[f"gap@{k}/high"])
+        assert ends == pytest.approx(share_interval(gap))
     assert (metrics["low"], metrics["high"]) == share_interval(right.mean(1))
     assert (metrics["pass@4/low"], metrics["pass@4/high"]) == wilson_interval(0.75, 4)
     # more samples of the same problems are not more problems
@@ -153,6 +158,11 @@ def test_comparisons_are_paired() -> None:
     assert (self_comparison["low"], self_comparison["high"]) == gain_interval(np.zeros(200))
     correct_c = generator.random((50, 4)) < 0.5
     assert "p" not in compare(evaluation(correct_c), evaluation(correct_c))
+    correct_d = generator.random((50, 2)) < 0.7
+    comparison = compare(evaluation(correct_c), evaluation(correct_d))
+    assert comparison["gain"] == pytest.approx(correct_d.mean() - correct_c.mean())
+    expected = gain_interval(correct_d.mean(1) - correct_c.mean(1))
+    assert (comparison["low"], comparison["high"]) == expected
     assert (decode_outcomes(evaluation(correct_c)) == correct_c).all()
     assert (decode_outcomes(evaluation(correct_a)) == correct_a).all()
     with pytest.raises(ValueError, match=r"different problems \(200, set s; 200, set t\)"):
@@ -337,6 +347,14 @@ def test_results_by_task_and_their_plain_mean() -> None:
     ]
     single_task = graded([[1], [0]], ["x", "x"])
     assert evaluation_result(single_task)["problem_set"] != metrics["problem_set"]
+
+
+def test_problems_are_known_by_their_prompts_answers_and_order() -> None:
+    first, second = DatasetProblem("1+2", "3"), DatasetProblem("2+2", "4")
+    sets = [[first, second], [second, first], [first], [first, DatasetProblem("2+2", "5")]]
+    prints = [problem_fingerprint(list(problems)) for problems in sets]
+    assert len(set(prints)) == 4
+    assert problem_fingerprint([DatasetProblem("1+2", "3", task="x"), second]) == prints[0]
 
 
 @pytest.fixture(scope="module")
