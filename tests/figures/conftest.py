@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.saved_runs import write_runs
+from tests.helpers.records.saved_runs import write_runs
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from figures.claims.matched_measures import (
 from figures.collect.matched import collapsed_seeds, matched_table
 from figures.paper import controls, views
 from tests.figures.in_memory_tables import InMemoryTables
-from tests.helpers.written_runs import write_run
+from tests.helpers.records.written_runs import write_run
 
 SECONDS = {"on_policy_topk": 4.0, "sft": 1.0}
 """Seconds of a step; half of it is generation."""

@@ -17,7 +17,7 @@ from figures.collect import paired, steps
 from figures.paper import comparison, gap, loop, scatter, segmentation
 from figures.registry import DATA, PAPER_FIGURES, commands_for_table, figure_module, table_path
 from tests.figures.in_memory_tables import InMemoryTables
-from tests.helpers.saved_runs import expected_tokens
+from tests.helpers.records.saved_runs import expected_tokens
 
 OUTCOMES = {
     ("a", 0): "1100",

@@ -18,7 +18,7 @@ from figures.collect.regimes import (
     summarize_regimes,
 )
 from figures.regimes import dose, mask_gain, regime_curves, regime_map, support_variants
-from tests.helpers.written_runs import write_run
+from tests.helpers.records.written_runs import write_run
 
 SHARES = {"density-0": 0.0, "density-1": 0.02, "density-8": 0.15}
 OUTCOMES = {

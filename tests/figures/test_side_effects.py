@@ -11,7 +11,7 @@ from diagnostics.errors import InvalidInput
 from figures import style
 from figures.collect.final_measures import measures_table, summarize_measures
 from figures.regimes import side_effects
-from tests.helpers.written_runs import write_run
+from tests.helpers.records.written_runs import write_run
 
 TAGS = {"cost": {"mean": 12.0, "count": 1}}
 FACTS = {

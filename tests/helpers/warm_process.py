@@ -20,7 +20,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """One server for each worker of pytest; it imports the module below when it is first used."""
-CONTEXT.set_forkserver_preload(["tests.helpers.warm_imports"])
+CONTEXT.set_forkserver_preload(["tests.helpers.processes.warm_imports"])
 
 
 @dataclass

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bare_process import run_programs
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.bare_process import run_programs
 
 PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
 PUBLIC = ("diagnostics", "opd")

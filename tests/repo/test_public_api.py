@@ -11,8 +11,8 @@ import pytest
 
 import diagnostics
 import opd
-from tests.helpers.bare_process import Ended, run_programs
 from tests.helpers.paths import ROOT
+from tests.helpers.processes.bare_process import Ended, run_programs
 
 EXPORTS = {
     "opd": {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.dump_arrays import Sampled
+from tests.helpers.dumps.dump_arrays import Sampled
 
 EXAMPLES = Path(__file__).parent / "examples"
 TOP_K = 3

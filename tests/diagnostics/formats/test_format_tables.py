@@ -18,7 +18,7 @@ from tests.diagnostics.formats.dump_rows import (
     openai_completions,
     sglang_answers,
 )
-from tests.helpers.dump_arrays import sampled_responses
+from tests.helpers.dumps.dump_arrays import sampled_responses
 
 
 class RecordedRow(dict):

@@ -23,7 +23,7 @@ from tests.diagnostics.formats.dump_rows import (
     sglang_answers,
     write_lines,
 )
-from tests.helpers.dump_arrays import mean_cost, sampled_responses
+from tests.helpers.dumps.dump_arrays import mean_cost, sampled_responses
 
 
 @pytest.mark.parametrize("name", ["slime.jsonl", "slime.pt"])

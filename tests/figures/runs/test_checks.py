@@ -22,7 +22,7 @@ from figures.runs import (
     warning,
 )
 from tests.helpers.dense_batches import make_dense_batch
-from tests.helpers.saved_runs import expected_tokens
+from tests.helpers.records.saved_runs import expected_tokens
 
 
 def test_the_sampler_check_tells_a_nucleus(saved_runs: list[Path]) -> None:

@@ -15,7 +15,7 @@ from figures.runs import (
     tokenizer,
 )
 from opd.lab.build import make_tokenizer
-from tests.helpers.saved_runs import METHODS, dense_batches
+from tests.helpers.records.saved_runs import METHODS, dense_batches
 
 
 def test_special_tokens_are_those_of_the_tokenizer(saved_runs: list[Path]) -> None:

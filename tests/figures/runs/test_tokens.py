@@ -17,7 +17,7 @@ from figures.runs import (
     pairs,
     quadrants,
 )
-from tests.helpers.saved_runs import STEPS, expected_tokens
+from tests.helpers.records.saved_runs import STEPS, expected_tokens
 
 
 def test_tokens_are_those_of_the_batches(saved_runs: list[Path]) -> None:

@@ -24,7 +24,7 @@ from opd.analysis.verdict import (
 from opd.cli.diagnose import main
 from opd.teachers.pair import load_pair
 from tests.helpers.batches import batch
-from tests.helpers.dump_arrays import outside_share, sampled_responses
+from tests.helpers.dumps.dump_arrays import outside_share, sampled_responses
 
 EXAMPLES = Path(__file__).parents[2] / "diagnostics" / "formats" / "examples"
 

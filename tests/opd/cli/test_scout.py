@@ -12,7 +12,7 @@ from opd.analysis.scout.measure import pair_measurements
 from opd.analysis.scout.report import read_report
 from opd.cli import scout
 from opd.lab.build import make_tokenizer
-from tests.helpers.scout_banks import synthetic_bank, write_bank
+from tests.helpers.records.scout_banks import synthetic_bank, write_bank
 
 SHORT = ["--rollouts", "32", "--max-prompt", "64", "--max-response", "4", "--device", "cpu"]
 

@@ -15,8 +15,8 @@ from opd.data.chain_task import problems
 from opd.lab.build import make_tokenizer
 from opd.models.loading import load_model
 from opd.training.train import train
+from tests.helpers.processes.vllm_process import wide_pair
 from tests.helpers.runs import settings
-from tests.helpers.vllm_process import wide_pair
 from tests.opd.training.test_prefetch import prompts_of_step, row_by_row
 
 LEVELS = (

@@ -17,8 +17,8 @@ from opd.rollouts.decoding import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine
 from opd.teachers.pair import load_pair
 from opd.training.train import train
+from tests.helpers.processes.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.helpers.runs import rows, settings
-from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,
     TOP_P,

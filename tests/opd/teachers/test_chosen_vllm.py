@@ -18,9 +18,9 @@ from opd.teachers.server_kinds import VLLM
 from opd.teachers.teacher import ServerTeacher
 from opd.tokens.eos import EosMap
 from opd.training.train import train
+from tests.helpers.processes.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.helpers.requests import full_request
 from tests.helpers.runs import rows, settings
-from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.teachers.test_client import loss_and_gradients
 from tests.opd.teachers.test_client_training import SHORT, assert_close_rows, remote_config
 

@@ -15,9 +15,9 @@ from opd.teachers.connection import connect
 from opd.teachers.pair import load_pair
 from opd.teachers.teacher import ServerTeacher
 from opd.training.train import train
+from tests.helpers.processes.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.helpers.requests import full_request, lean_request
 from tests.helpers.runs import rows, settings
-from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.teachers.test_client import loss_and_gradients
 from tests.opd.teachers.test_client_training import SHORT, assert_close_rows, remote_config
 

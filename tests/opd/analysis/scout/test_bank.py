@@ -11,7 +11,7 @@ from diagnostics.errors import InvalidInput, MissingFile
 from opd.analysis.scout.bank import FEATURES, pair_features, read_bank
 from opd.analysis.scout.columns import COLUMNS
 from opd.analysis.scout.gradients import ESTIMATORS
-from tests.helpers.scout_banks import measurements, synthetic_bank, write_bank
+from tests.helpers.records.scout_banks import measurements, synthetic_bank, write_bank
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from opd.analysis.scout import covariance
 from opd.analysis.scout.bank import Bank
-from tests.helpers.scout_banks import synthetic_bank
+from tests.helpers.records.scout_banks import synthetic_bank
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from scipy import stats
 from opd.analysis.scout import forecast
 from opd.analysis.scout.bank import FEATURES, Bank
 from opd.analysis.scout.covariance import SHAPES, Scaling
-from tests.helpers.scout_banks import START, synthetic_bank
+from tests.helpers.records.scout_banks import START, synthetic_bank
 
 EFFECTS = {"continuation_gain": 0.06, "log_reverse_kl": -0.05, "special_signal": -0.04}
 

@@ -16,7 +16,7 @@ from opd.analysis.scout.recommend import FittedBank, MethodForecast, fit_bank, r
 from opd.analysis.scout.report import ScoutReport, format_report, read_report, write_report
 from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Verdict, validate
-from tests.helpers.scout_banks import START, measurements, synthetic_bank
+from tests.helpers.records.scout_banks import START, measurements, synthetic_bank
 
 EFFECTS = {"continuation_gain": 0.5, "log_reverse_kl": -0.1}
 OTHERS = {

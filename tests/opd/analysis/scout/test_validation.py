@@ -23,7 +23,7 @@ from opd.analysis.scout.validation import (
     pair_regrets,
     validate,
 )
-from tests.helpers.scout_banks import synthetic_bank
+from tests.helpers.records.scout_banks import synthetic_bank
 
 EFFECTS = {
     "continuation_gain": 0.06,

@@ -16,7 +16,7 @@ from opd.objectives.factory import make_objective
 from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import token_mean
 from tests.helpers.paths import ROOT
-from tests.helpers.vllm_process import free_port
+from tests.helpers.processes.vllm_process import free_port
 from tests.opd.integrations.verl.test_losses import MASKS, at_responses, rows, sampled_logp
 from tests.opd.integrations.verl.test_topk_loss import VOCABULARY
 

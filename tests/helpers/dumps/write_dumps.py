@@ -1,8 +1,8 @@
 """Write the examples in tests/diagnostics/formats/examples with the other tools' own classes.
 
-python -m tests.helpers.write_dumps vllm     # in an environment with vLLM 0.32
-python -m tests.helpers.write_dumps verl     # with verl 0.9.1
-python -m tests.helpers.write_dumps slime PATH/slime/utils/types.py
+python -m tests.helpers.dumps.write_dumps vllm     # in an environment with vLLM 0.32
+python -m tests.helpers.dumps.write_dumps verl     # with verl 0.9.1
+python -m tests.helpers.dumps.write_dumps slime PATH/slime/utils/types.py
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.helpers.dump_arrays import Sampled, sampled_responses
+from tests.helpers.dumps.dump_arrays import Sampled, sampled_responses
 
-FOLDER = Path(__file__).parents[1] / "diagnostics" / "formats" / "examples"
+FOLDER = Path(__file__).parents[2] / "diagnostics" / "formats" / "examples"
 TOP_K = 3
 
 

@@ -60,7 +60,7 @@ def run_vllm_server(
     variables |= {"VLLM_SERVER_DEV_MODE": "1"} if dev_mode else {}
     if has_v2_runner:
         variables |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-        variables["PYTHONPATH"] = str(Path(__file__).parent / "triton_interpreter")
+        variables["PYTHONPATH"] = str(Path(__file__).parents[1] / "triton_interpreter")
         command += ["--generation-config", "vllm"]
     with open(log, "a") as log_file:
         process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Responses of which tests know every number, as dumps of other libraries hold them."""

@@ -1,0 +1,1 @@
+"""Run folders and banks of runs that tests read."""
