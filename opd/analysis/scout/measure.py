@@ -107,9 +107,9 @@ def scout_config(
     prompts = rollouts // GROUP_SIZE
     if prompts < MIN_PROMPTS:
         raise InvalidInput(
-            f"rollouts is {rollouts}, which is {prompts} prompts with {GROUP_SIZE} responses each, "
-            f"but prompts are the sampling unit and a scout needs {MIN_PROMPTS} or more; set "
-            f"rollouts to at least {MIN_PROMPTS * GROUP_SIZE}"
+            f"rollouts is {rollouts}, {GROUP_SIZE} to each prompt, and so enough for {prompts} of "
+            f"the {MIN_PROMPTS} prompts that a scout needs, since prompts are its sampling unit; "
+            f"set rollouts to at least {MIN_PROMPTS * GROUP_SIZE}"
         )
     return with_settings(
         Config(student=student, teacher=teacher, out="scout", seed=seed),

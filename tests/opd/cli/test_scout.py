@@ -87,7 +87,7 @@ def test_validate_prints_and_writes_the_scores(table: Path, tmp_path: Path, caps
         (["student", "a", "a"], "a teacher is given twice"),
         (["student", "teacher", "--validate"], "remove STUDENT and TEACHER"),
         (["--show", "scout.json", "--validate"], "either --validate or --show"),
-        (["student", "teacher", "--rollouts", "4"], "prompts are the sampling unit"),
+        (["student", "teacher", "--rollouts", "4"], "prompts are its sampling unit"),
         (["student", "http://localhost:1/v1"], "loaded in this process"),
         (["student", "http://localhost:1/v1", "student"], "no teacher can be used"),
     ],
