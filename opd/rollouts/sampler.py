@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
+from opd.models.lm_head import apply_temperature
 
 # The nucleus of a language model nearly always fits into so many ids; topk is cheaper than a sort.
 TOP_CANDIDATES = 1024
+BLOCK, DIRECT_IDS = 128, 4096
+"""Ids of a block of `draw`, and of a vocabulary so small that one pass over it is as fast."""
 
 
 class Sampler:
@@ -33,7 +36,6 @@ class Sampler:
         self.rows = torch.arange(len(noise), device=noise.device)
         self.sampler_logp = torch.zeros_like(noise, dtype=torch.float32)
         self.softmax_logp = torch.zeros_like(self.sampler_logp)
-        self.finite = torch.ones(noise.shape[1], dtype=torch.bool, device=noise.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Sample the next token of every row, as a logits processor of `generate`.
@@ -62,16 +64,20 @@ class Sampler:
             (n,) ids.
         """
         place = (self.rows, self.position)
-        logits = logits[:, : self.vocabulary].float()
-        # Rows with NaN sample from zero logits and `check` raises later: no device sync per token
-        finite = logits.amax(1).isfinite()
-        self.finite[self.position] = finite.all()
-        logits = torch.where(finite[:, None], logits, torch.zeros_like(logits))
-        softmax_logp = (logits / self.temperature).log_softmax(-1)
-        sampler_logp = softmax_logp if self.top_p >= 1 else nucleus(softmax_logp, self.top_p)
-        token = draw(sampler_logp, self.noise[place])[:, None]
-        self.sampler_logp[place] = sampler_logp.gather(1, token)[:, 0]
-        self.softmax_logp[place] = softmax_logp.gather(1, token)[:, 0]
+        logits = apply_temperature(logits[:, : self.vocabulary].float(), self.temperature)
+        p = logits.softmax(-1)
+        # A row whose logits are not finite is NaN everywhere. Some id of it is sampled, and `check`
+        # raises later by its log-probability: no device sync per token
+        if self.top_p >= 1:
+            token = draw(p, self.noise[place])[:, None]
+            self.softmax_logp[place] = p.gather(1, token)[:, 0].log()
+            self.sampler_logp[place] = self.softmax_logp[place]
+        else:
+            ids, mass = nucleus(p, self.top_p)
+            index = draw(mass, self.noise[place])[:, None]
+            token, sampled_mass = ids.gather(1, index), mass.gather(1, index)
+            self.softmax_logp[place] = sampled_mass[:, 0].log()
+            self.sampler_logp[place] = (sampled_mass / mass.sum(1, keepdim=True))[:, 0].log()
         self.position += 1
         return token[:, 0]
 
@@ -92,7 +98,7 @@ class Sampler:
         Raises:
             InvalidInput: Logits were NaN, or all of them infinite.
         """
-        finite = self.finite[:num_positions]
+        finite = self.softmax_logp[:, :num_positions].isfinite().all(0)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0, 0])
             raise InvalidInput(
@@ -101,44 +107,70 @@ class Sampler:
             )
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Restrict a distribution to its top-p nucleus and renormalise.
+def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Restrict distributions to their top-p nuclei.
 
     The nucleus is the smallest set of ids with mass >= top_p. The id that crosses the threshold
     belongs to it, so it is never empty. Whole rows are sorted only when the TOP_CANDIDATES most
     probable ids of some row have less mass than top_p.
 
     Args:
-        logits: (B, V).
+        p: (B, V) probabilities.
         top_p: Probability mass of the nucleus.
 
     Returns:
-        (B, V) log-probabilities, -inf outside the nucleus.
+        (B, C) candidate ids in ascending order, which contain the nucleus, and their probabilities,
+        0 outside the nucleus.
     """
-    logp = logits.log_softmax(-1)
-    if top_p >= 1:
-        return logp
-    sorted_logp, order = logp.topk(min(TOP_CANDIDATES, logp.shape[-1]))
-    if not bool((sorted_logp.exp().sum(-1) >= top_p).all()):
-        sorted_logp, order = logp.sort(-1, descending=True)
-    keep = sorted_logp.exp().cumsum(-1) - sorted_logp.exp() < top_p
-    inside = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, keep)
-    return logp.masked_fill(~inside, -torch.inf).log_softmax(-1)
+    mass, order = p.topk(min(TOP_CANDIDATES, p.shape[-1]))
+    if not bool((mass.sum(-1) >= top_p).all()):
+        mass, order = p.sort(-1, descending=True)
+    mass = mass * (mass.cumsum(-1) - mass < top_p)
+    ids, ascending = order.sort(-1)
+    return ids, mass.gather(-1, ascending)
 
 
-def draw(logp: Tensor, noise: Tensor) -> Tensor:
-    """Sample ids by inversion: the first id whose cumulative probability exceeds the noise.
+def draw(mass: Tensor, noise: Tensor) -> Tensor:
+    """Sample ids by inversion: the first id whose cumulative mass exceeds noise times the total.
 
-    The cumulative sums are float64, so the frequency of an id deviates only by the float32 rounding
-    of its own probability. An id of probability 0 is never sampled.
+    Of a large vocabulary a block of ids is sampled first, by the float32 sums of the blocks, and
+    then one of its ids. All cumulative sums are float64, so the frequency of an id deviates only by
+    the float32 rounding of its own mass and of its block's. An id of mass 0 is never sampled.
 
     Args:
-        logp: (B, V) normalised log-probabilities, -inf where the probability is 0.
+        mass: (B, V) probabilities, or masses in proportion to them.
         noise: (B,) float64 in [0, 1).
 
     Returns:
-        (B,) ids.
+        (B,) ids; any of them in a row with NaN.
     """
-    mass = logp.exp().cumsum(-1, dtype=torch.float64)
-    # noise is at most 1 - 2^-53, so the product stays below the total, which is about 1
-    return torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
+    vocabulary = mass.shape[1]
+    if vocabulary <= DIRECT_IDS:
+        return _invert(mass.cumsum(1, dtype=torch.float64), noise[:, None])[:, 0]
+    whole_blocks = vocabulary - vocabulary % BLOCK
+    sums = mass[:, :whole_blocks].unflatten(1, (-1, BLOCK)).sum(-1)
+    if whole_blocks < vocabulary:
+        sums = torch.cat([sums, mass[:, whole_blocks:].sum(-1, keepdim=True)], 1)
+    sums = sums.double()
+    ends = sums.cumsum(1)
+    block = _invert(ends, noise[:, None])
+    size = sums.gather(1, block)
+    share = 1 - (ends.gather(1, block) - noise[:, None] * ends[:, -1:]) / size
+    ids = block * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(1, ids.clamp(max=vocabulary - 1)) * (ids < vocabulary)
+    position = _invert(inside.cumsum(1, dtype=torch.float64), share.clamp(0, 1 - 2**-53))
+    return (block * BLOCK + position)[:, 0].clamp(max=vocabulary - 1)
+
+
+def _invert(ends: Tensor, share: Tensor) -> Tensor:
+    """Return (B, 1) the first index whose cumulative sum exceeds a share of the total.
+
+    Args:
+        ends: (B, n) float64 cumulative sums.
+        share: (B, 1) float64, at most 1 - 2^-53, so that the product stays below the total.
+
+    Returns:
+        Indices; any index in a row with NaN.
+    """
+    index = torch.searchsorted(ends, share * ends[:, -1:], right=True)
+    return index.clamp(max=ends.shape[1] - 1)

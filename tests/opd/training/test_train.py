@@ -10,7 +10,6 @@ from opd.data.chain_task import Problem, grade, problems
 from opd.data.prompts import encode_prompts
 from opd.models.forward import micro_batches
 from opd.rollouts.hf_engine import sample
-from opd.rollouts.sampler import nucleus
 from opd.scoring.score import score_batch
 from opd.teachers.pair import load_pair
 from opd.training.train import train
@@ -54,13 +53,6 @@ def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float)
     else:
         assert gap.min() > -1e-5, "a nucleus only adds mass"
         assert gap.max() > 0.01
-
-
-def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    probabilities = nucleus(logits, 0.6).exp()
-    torch.testing.assert_close(probabilities, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
-    torch.testing.assert_close(nucleus(logits, 0.1).exp(), torch.tensor([[1.0, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize("objective", ["sampled_token", "teacher_topk", "full_reverse_kl"])
