@@ -15,12 +15,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks.step import make_models
+from benchmarks.random_pair import save_pair, training_config
 from diagnostics.batch import ScoredRollouts
 from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import pack
@@ -28,7 +27,7 @@ from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.rows import Row
-from opd.config.settings import Config, with_settings
+from opd.config.settings import Config
 from opd.training import train
 
 PAIRS = {
@@ -37,28 +36,6 @@ PAIRS = {
     "V = 32k": (32768, 128, 4, 8, 64),
 }
 """Vocabulary, width, layers, rows, response tokens."""
-
-
-def make_config(folder: Path, name: str, args: Any) -> Config:
-    """Return the settings of a run."""
-    return with_settings(
-        Config(
-            student=str(folder / "student"),
-            teacher=str(folder / "teacher"),
-            out=str(folder / name),
-            steps=args.steps + 1,
-        ),
-        task=str(folder / "task.jsonl"),
-        prompts_per_step=args.rows,
-        group_size=1,
-        max_response=args.response,
-        lr=1e-6,
-        eval_every=0,
-        eval_problems=1,
-        save_every=0,
-        save_batch_every=0,
-        device=args.device,
-    )
 
 
 def seconds(row: Row) -> dict[str, float]:
@@ -97,12 +74,20 @@ def metric_seconds(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
 
 def measure(name: str, size: tuple[int, ...], args: Any) -> None:
     """Print the cost of the metrics for one pair."""
-    names = ("vocabulary", "width", "layers", "rows", "response")
-    args = SimpleNamespace(**vars(args), device="cpu", **dict(zip(names, size, strict=True)))
+    vocabulary, width, layers, num_rows, response = size
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        make_models(folder, args)
-        plain = make_config(folder, "plain", args)
+        save_pair(
+            folder,
+            vocabulary=vocabulary,
+            width=width,
+            layers=layers,
+            rows=num_rows,
+            response=response,
+        )
+        plain = training_config(
+            folder, folder / "plain", rows=num_rows, response=response, steps=args.steps + 1
+        )
         plain_rows = run_rows(plain)
         sparse = run_rows(replace(plain, out=str(folder / "sparse"), full_metrics_every=10**6))
         saved = run_rows(replace(plain, out=str(folder / "saved"), steps=1, save_batch_every=1))

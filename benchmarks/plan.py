@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_pair import save_pair, training_config
 from opd.config.settings import Config, with_settings
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     for number in args.cases if args.cases is not None else range(len(CASES)):
         with tempfile.TemporaryDirectory() as folder:
-            make_models(Path(folder), CASES[number])
+            save_case(Path(folder), CASES[number])
             predicted = predict(CASES[number], Path(folder))
             measured = run_process(number, folder)
         cells = [CASES[number].name]
@@ -147,55 +148,26 @@ def size_tables() -> str:
     return "\n".join(lines)
 
 
-def make_models(folder: Path, case: Case) -> None:
-    """Save a random pair and a task whose problems have no answers, so that none is evaluated."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from opd.lab.build import make_tokenizer
-
-    for seed, name in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=case.vocabulary,
-            hidden_size=case.width,
-            intermediate_size=4 * case.width,
-            num_hidden_layers=case.layers,
-            num_attention_heads=case.width // 32,
-            num_key_value_heads=case.width // 64,
-            max_position_embeddings=case.response + 128,
-        )
-        network = Qwen2ForCausalLM(config)
-        network.generation_config.eos_token_id = case.vocabulary - 1  # of probability 1 / V
-        network.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    rows = [{"prompt": f"{i}+{i}*{i}"} for i in range(100, 100 + 32 * case.rows)]
-    (folder / "task.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+def save_case(folder: Path, case: Case) -> None:
+    """Save the pair of a case."""
+    save_pair(
+        folder,
+        vocabulary=case.vocabulary,
+        width=case.width,
+        layers=case.layers,
+        rows=case.rows,
+        response=case.response,
+        kv_heads=case.width // 64,
+        has_answers=False,
+    )
 
 
 def case_config(case: Case, folder: Path) -> Config:
     """Return the settings of a case."""
-    config = with_settings(
-        Config(
-            student=str(folder / "student"),
-            teacher=str(folder / "teacher"),
-            out=str(folder / "run"),
-            steps=3,
-        ),
-        task=str(folder / "task.jsonl"),
-        answer_column="",
-        support_k=32,
-        max_prompt=30,
-        prompts_per_step=case.rows,
-        group_size=1,
-        max_response=case.response,
-        lr=1e-6,
-        eval_every=0,
-        save_every=0,
-        save_batch_every=0,
-        device="cpu",
+    settings = {"answer_column": "", "support_k": 32, "max_prompt": 30, **case.settings}
+    return training_config(
+        folder, folder / "run", rows=case.rows, response=case.response, steps=3, **settings
     )
-    return with_settings(config, **case.settings)
 
 
 def predict(case: Case, folder: Path) -> dict[str, float]:

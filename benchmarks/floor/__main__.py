@@ -11,6 +11,9 @@ with the statistics of the diagnostics), update, and record (panel, alarms and r
 nothing. The ratio is the median over steps of a step and the floor after it. Memory is the peak of
 the first steps beyond the start of the process's training, before the floor takes any.
 
+In bfloat16 the toolkit keeps float32 master weights beside bfloat16 ones; TRL keeps float32 weights
+and computes under autocast.
+
 TRL's DistillationTrainer at beta = 1 and GKDTrainer at lmbda = 1 and beta = 1 compute the reverse
 KL on the whole vocabulary, as `full_reverse_kl` does; `teacher_topk` is another objective, on the
 teacher's K most probable ids, renormalised.
@@ -18,18 +21,15 @@ teacher's K most probable ids, renormalised.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.floor.processes import run_process, start_process
 from benchmarks.floor.report import comparison_table, growth_tables
-from benchmarks.floor.trainers import TRAINERS, Size, settings_of
-from benchmarks.step import make_models
+from benchmarks.floor.trainers import TRAINERS, Size
+from benchmarks.random_pair import save_pair
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,7 +78,8 @@ def measure(args: Any, **changes: int) -> dict[str, dict[str, Any]]:
     args = argparse.Namespace(**vars(args) | changes)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder), args)
+        names = ("vocabulary", "width", "layers", "rows", "response")
+        save_pair(Path(folder), **{name: vars(args)[name] for name in names})
         size = Size(
             Path(folder), args.rows, args.response, args.k, args.dtype, args.device, args.steps
         )
@@ -89,25 +90,6 @@ def measure(args: Any, **changes: int) -> dict[str, dict[str, Any]]:
                 whole["steps"] += part["steps"]
                 whole["mebibytes"] = max(whole["mebibytes"], part["mebibytes"])
     return results
-
-
-def start_process(name: str, size: Size, threads: int) -> dict[str, Any]:
-    """Run a trainer in a new process and return what it measured."""
-    line = [sys.executable, "-m", "benchmarks.floor", "--process", name]
-    line.append(json.dumps(settings_of(size)))
-    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = os.environ | quiet | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
-    if process.returncode:
-        raise RuntimeError(f"{name} failed:\n{process.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
-    return result
-
-
-def run_process(name: str, settings: str) -> None:
-    """Run a trainer in this process and print what it measured as JSON."""
-    size = Size(**json.loads(settings))
-    print(json.dumps(TRAINERS[name](replace(size, folder=Path(size.folder)))))
 
 
 if __name__ == "__main__":

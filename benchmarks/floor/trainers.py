@@ -19,6 +19,7 @@ from benchmarks.floor.products import (
     clock,
     step_products,
 )
+from benchmarks.random_pair import training_config
 
 WARMUP = 3
 """Steps that are not timed: the first ones are slower and rescore responses."""
@@ -115,26 +116,16 @@ def peak_mebibytes() -> float:
 
 def run_toolkit(size: Size, objective: str) -> dict[str, Any]:
     """Train with the toolkit, its default panel included, without evaluations."""
-    from opd.config.settings import Config, with_settings
     from opd.training import train as trainer
 
-    config = with_settings(
-        Config(
-            student=str(size.folder / "student"),
-            teacher=str(size.folder / "teacher"),
-            out=str(size.folder / f"run-{objective}"),
-            steps=WARMUP + size.steps,
-        ),
-        task=str(size.folder / "task.jsonl"),
+    config = training_config(
+        size.folder,
+        size.folder / f"run-{objective}",
+        rows=size.rows,
+        response=size.response,
+        steps=WARMUP + size.steps,
         objective=objective,
         support_k=size.k,
-        prompts_per_step=size.rows,
-        group_size=1,
-        max_response=size.response,
-        lr=1e-6,
-        eval_every=0,
-        save_every=0,
-        save_batch_every=0,
         device=size.device,
         dtype=size.dtype,
     )
@@ -196,14 +187,14 @@ def trl_arguments(size: Size) -> dict[str, Any]:
         "max_steps": WARMUP + size.steps,
         "learning_rate": 1e-6,
         "use_cpu": size.device == "cpu",
-        "bf16": False,
+        "bf16": size.dtype == "bfloat16",
         "gradient_checkpointing": False,
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "model_init_kwargs": {"dtype": size.dtype},
-        "teacher_model_init_kwargs": {"dtype": size.dtype},
+        "model_init_kwargs": {"dtype": "float32"},
+        "teacher_model_init_kwargs": {"dtype": "float32"},
     }
 
 

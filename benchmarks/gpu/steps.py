@@ -2,17 +2,17 @@
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
+from benchmarks.floor.processes import start_process
+from benchmarks.floor.trainers import Size
 from benchmarks.gpu.result import Check, Measurement, Omission, Row
 from benchmarks.gpu.setting import Setting
-from benchmarks.monitor import make_config, median_seconds, run_rows
+from benchmarks.monitor import median_seconds, run_rows
 from benchmarks.monitor import seconds as seconds_by_part
-from benchmarks.step import make_models, run_trainer
+from benchmarks.random_pair import save_pair, training_config
 from opd.config.settings import with_settings
 
 PANEL_LIMIT = 0.03
@@ -21,26 +21,33 @@ PANEL_LIMIT = 0.03
 
 def measure_panel(setting: Setting) -> Iterator[Row]:
     """Train a few steps; the share is that of `seconds/record`, as in `benchmarks.monitor`."""
-    sizes = SimpleNamespace(
-        vocabulary=setting.choose(268, 151_936),
-        width=setting.choose(32, 896),
-        layers=setting.choose(1, 8),
-        rows=setting.choose(4, 64),
-        response=setting.choose(8, 256),
-        steps=setting.choose(2, 5),
-        device=setting.device,
-    )
+    vocabulary, width, layers = setting.choose((268, 32, 1), (151_936, 896, 8))
+    num_rows, response, steps = setting.choose((4, 8, 2), (64, 256, 5))
     with TemporaryDirectory() as place:
         folder = Path(place)
-        make_models(folder, sizes)
-        config = make_config(folder, "run", sizes)
+        save_pair(
+            folder,
+            vocabulary=vocabulary,
+            width=width,
+            layers=layers,
+            rows=num_rows,
+            response=response,
+        )
+        config = training_config(
+            folder,
+            folder / "run",
+            rows=num_rows,
+            response=response,
+            steps=steps + 1,
+            device=setting.device,
+        )
         if setting.device == "cuda":
             config = with_settings(config, dtype="bfloat16", max_logits_per_chunk=1 << 28)
-        rows = run_rows(replace(config, steps=sizes.steps + 1))
+        rows = run_rows(config)
     step = statistics.median(sum(seconds_by_part(row).values()) for row in rows[1:])
     panel = median_seconds(rows, "record")
-    note = f"{sizes.layers} layers, {sizes.width} wide, V = {sizes.vocabulary:,}, {sizes.rows} rows"
-    yield Measurement("step", 1000 * step, "ms", note=f"{note}, {sizes.response} tokens")
+    note = f"{layers} layers, {width} wide, V = {vocabulary:,}, {num_rows} rows"
+    yield Measurement("step", 1000 * step, "ms", note=f"{note}, {response} tokens")
     for part in sorted(seconds_by_part(rows[-1])):
         spent = median_seconds(rows, part)
         yield Measurement(f"step: {part}", 1000 * spent, "ms", None, spent / step, "of the step")
@@ -53,16 +60,13 @@ def measure_panel(setting: Setting) -> Iterator[Row]:
 def measure_against_trl(setting: Setting) -> Iterator[Row]:
     """Time whole steps of both trainers, each in a process of its own."""
     sizes = {
-        "steps": setting.choose(1, 3),
         "rows": setting.choose(2, 64),
         "response": setting.choose(4, 128),
         "vocabulary": setting.choose(300, 151_936),
         "width": setting.choose(32, 896),
         "layers": setting.choose(1, 8),
     }
-    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     dtype = "float32" if setting.device == "cpu" else "bfloat16"
-    options += ["--device", setting.device, "--dtype", dtype]
     kinds = ["trl", "full_reverse_kl", "teacher_topk"]
     if setting.toy:
         yield Omission("trl, full_reverse_kl", "a process of its own takes seconds to start")
@@ -73,17 +77,33 @@ def measure_against_trl(setting: Setting) -> Iterator[Row]:
     note = ", ".join(f"{name} {value}" for name, value in sizes.items()) + f", {dtype}"
     reference = None
     with TemporaryDirectory() as folder:
-        make_models(Path(folder), SimpleNamespace(**sizes))
+        save_pair(Path(folder), **sizes)
+        size = Size(
+            folder=Path(folder),
+            rows=sizes["rows"],
+            response=sizes["response"],
+            k=32,
+            dtype=dtype,
+            device=setting.device,
+            steps=setting.choose(1, 3),
+        )
         for kind in kinds:
             try:
-                spent, mebibytes = run_trainer(kind, folder, options)
+                result = start_process(kind, size, threads=1)
             except RuntimeError as error:
                 if kind != "trl":
                     raise
                 yield Omission(kind, str(error).strip().rpartition("\n")[2])
                 continue
+            spent = statistics.median(step["step"] for step in result["steps"])
             reference = spent if kind == "trl" else reference
             ratio = None if reference is None else reference / spent
             yield Measurement(
-                f"step, {kind}", 1000 * spent, "ms", mebibytes, ratio, "faster than trl", note
+                f"step, {kind}",
+                1000 * spent,
+                "ms",
+                result["mebibytes"],
+                ratio,
+                "faster than trl",
+                note,
             )

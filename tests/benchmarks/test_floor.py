@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from benchmarks.floor.products import (
 )
 from benchmarks.floor.report import comparison_table, fit_slope, growth_tables
 from benchmarks.floor.trainers import Size, run_toolkit
-from benchmarks.step import make_models
+from benchmarks.random_pair import save_pair
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
 from opd.models.model import CausalLM, split_head
@@ -151,8 +150,7 @@ def test_gradients_have_the_shapes_and_the_factors_of_their_products() -> None:
 
 
 def test_a_training_step_is_timed_beside_its_floor(tmp_path: Path) -> None:
-    args: Any = SimpleNamespace(vocabulary=300, width=32, layers=1, rows=2, response=3)
-    make_models(tmp_path, args)
+    save_pair(tmp_path, vocabulary=300, width=32, layers=1, rows=2, response=3)
     size = Size(tmp_path, rows=2, response=3, k=8, dtype="float32", device="cpu", steps=2)
     result = run_toolkit(size, "teacher_topk")
     assert len(result["steps"]) == 2
