@@ -17,7 +17,15 @@ from diagnostics.alarms.alarms import Alarm, Alarms
 from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.core.optional_fields import MissingField
-from diagnostics.core.totals import Accumulator, Mean, compute, merge, pack, unpack
+from diagnostics.core.totals import (
+    Accumulator,
+    compute,
+    means_without_error,
+    merge,
+    pack,
+    sum_rows,
+    unpack,
+)
 from diagnostics.errors import InvalidInput
 from diagnostics.records.sinks import Rewindable, Sink
 
@@ -92,10 +100,7 @@ class Monitor:
             totals = reduce(merge, parts, next(parts, {}))
         tensor_numbers = {name: x for name, x in numbers.items() if isinstance(x, Tensor)}
         host_numbers = {name: float(x) for name, x in numbers.items() if name not in tensor_numbers}
-        number_totals = {
-            name: Mean.without_error(x, torch.ones_like(x)) for name, x in tensor_numbers.items()
-        }
-        self.totals = self.combine({**totals, **number_totals})
+        self.totals = self.combine({**totals, **means_without_error(tensor_numbers)})
         metric_values = compute(self.totals)
         if clashing_names := sorted(
             host_numbers.keys() & metric_values.keys() | tensor_numbers.keys() & totals.keys()
@@ -140,6 +145,7 @@ class Monitor:
                     )
                 source |= dict.fromkeys(metric_totals, name)
                 totals |= metric_totals
+            sum_rows(totals.values())
         return totals
 
     def rewind(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Accumulators of second moments: covariances, explained variance, effective sample sizes.
+"""Accumulators of second moments: covariances, explained variance, z, effective sample sizes.
 
 Shapes: B responses, T positions, S position slices (`diagnostics.core.position_bins`), R rungs.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.cluster_sums import apply_mask
-from diagnostics.core.position_bins import LABELS, NUM_BINS, extents
+from diagnostics.core.position_bins import LABELS, NUM_BINS, bin_membership, extents
 from diagnostics.core.totals import Accumulator
 
 _STEP = 256.0
@@ -157,6 +157,44 @@ class EffectiveSampleSize(Accumulator):
             second = np.logaddexp.reduce(np.log(square[used]) + 2 * scale[used])
             shares[label] = float(np.exp(2 * first - second) / n)
         return shares
+
+
+@dataclass(frozen=True, eq=False)
+class Martingale(Accumulator):
+    """z = sum m d / sqrt(sum m v) for differences d with mean 0 and variance v given the prefix.
+
+    Computed values: "" z over the whole response and "@lo-hi" over each bin with nonzero variance,
+    each approximately standard normal if the differences really have mean 0 (martingale central
+    limit theorem); under a fixed bias it grows like the square root of the number of tokens. Both
+    fields are (S,).
+    """
+
+    difference: Tensor
+    variance: Tensor
+
+    @classmethod
+    def from_values(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
+        """Accumulate one batch.
+
+        Args:
+            difference: (B, T) martingale differences.
+            variance: (B, T) their conditional variances.
+            mask: (B, T) bool.
+
+        Returns:
+            The accumulator.
+        """
+        membership = bin_membership(mask.shape[1], mask.device)
+        return cls(*(apply_mask(x, mask).sum(0) @ membership for x in (difference, variance)))
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        """Compute z from the host sums."""
+        z_scores = {"": float("nan")}
+        for label, difference, variance in zip(LABELS, *(x.tolist() for x in sums), strict=True):
+            if variance > 0:
+                z_scores[label] = difference / variance**0.5
+        return z_scores
 
 
 def _rung_sums(log_weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

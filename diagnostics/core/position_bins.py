@@ -14,6 +14,8 @@ NUM_BINS = 20
 """The last bin starts at 2^19 and also takes everything later."""
 
 LABELS = ("", "@0-1", *(f"@{2**i}-{2 ** (i + 1) - 1}" for i in range(1, NUM_BINS)))
+ERROR_LABELS = tuple(f"{label}_se" for label in LABELS)
+"""Suffixes of the slices' values and of their standard errors."""
 
 
 @lru_cache(maxsize=8)

@@ -14,10 +14,11 @@ out too small (never below that of treating the parts as independent prompts); w
 opposite directions it comes out too large. Values are exact either way.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,15 +31,15 @@ from diagnostics.core.cluster_sums import (
     ratio_sums,
     row_counts,
 )
-from diagnostics.core.position_bins import LABELS, bin_membership, decile_indices
+from diagnostics.core.position_bins import ERROR_LABELS, LABELS, bin_membership
 from diagnostics.errors import InvalidInput
 
 
 class Accumulator(ABC):
-    """Sums that can be added: a frozen dataclass of tensors with a `summary` of host values."""
+    """Sums that can be added, with a `summary` of their host values."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the sums in field order."""
+        """Return the sums, of a dataclass in field order."""
         return list(vars(self).values())
 
     def __add__(self, other: Self) -> Self:
@@ -57,39 +58,105 @@ class Accumulator(ABC):
 
 
 class Ratio(Accumulator):
-    """Accumulator of the six sums of `ratio_sums`; `compute` divides all ratios at once."""
+    """Accumulator of ratios of sums, with the cluster sums of their standard errors.
+
+    The six sums (`ratio_sums`) of many accumulators are computed at once by `sum_rows`, or when
+    they are first read; `compute` divides all ratios at once.
+
+    Args:
+        sums: (6, ...) sums in the order of `ratio_sums`.
+    """
+
+    def __init__(self, sums: Tensor) -> None:
+        self._sums: Tensor | None = sums
+        self._rows: Rows | None = None  # until the sums are computed
+
+    @classmethod
+    def from_rows(cls, numerator: Tensor, denominator: Tensor, cluster: Tensor | None) -> Self:
+        """Accumulate the ratio of the sums of two columns.
+
+        Args:
+            numerator: (B, ...).
+            denominator: (B, ...).
+            cluster: (B,) cluster ids, or None if each row is a cluster.
+
+        Returns:
+            The accumulator, whose sums are not computed yet.
+        """
+        ratio = cls.__new__(cls)
+        ratio._sums, ratio._rows = None, (numerator, denominator, cluster)
+        return ratio
+
+    @property
+    def sums(self) -> Tensor:
+        """The (6, ...) sums, in the order of `ratio_sums`."""
+        if self._sums is None:
+            sum_rows([self])
+            assert self._sums is not None
+        return self._sums
+
+    def tensors(self) -> list[Tensor]:
+        """Return the sums, as one tensor."""
+        return [self.sums]
+
+    @property
+    def total(self) -> Tensor:
+        """The numerator."""
+        return self.sums[0]
+
+    @property
+    def count(self) -> Tensor:
+        """The denominator."""
+        return self.sums[1]
 
     @classmethod
     def summary(cls, *sums: np.ndarray) -> dict[str, float]:
         """Compute ratio and standard error from the host sums, by suffix."""
-        return cls.label_values(*ratio_and_error(*sums), *sums)
+        return cls.label_values(*ratio_and_error(*sums[0]), sums[0])
 
     @staticmethod
     @abstractmethod
-    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+    def label_values(value: np.ndarray, error: np.ndarray, sums: np.ndarray) -> dict[str, float]:
         """Return the values by suffix, given `ratio_and_error` of the sums."""
 
 
-@dataclass(frozen=True, eq=False)
+Rows = tuple[Tensor, Tensor, Tensor | None]
+"""Numerators and denominators of rows (B, ...), and their (B,) cluster ids."""
+
+
+def sum_rows(accumulators: Iterable[Accumulator]) -> None:
+    """Compute the sums of all ratios that have none yet, those of equal shape at once.
+
+    Args:
+        accumulators: Accumulators of any kind.
+    """
+    groups: dict[Any, list[tuple[Ratio, Rows]]] = {}
+    for ratio in accumulators:
+        if isinstance(ratio, Ratio) and ratio._rows is not None:
+            numerator, _, cluster = ratio._rows
+            key = (id(cluster), numerator.shape, numerator.device)
+            groups.setdefault(key, []).append((ratio, ratio._rows))
+    for group in groups.values():
+        numerators = torch.stack([rows[0] for _, rows in group], 1)
+        denominators = torch.stack([rows[1] for _, rows in group], 1)
+        cluster = group[0][1][2]
+        sums = torch.stack(ratio_sums(numerators, denominators, cluster))
+        for (ratio, _), column in zip(group, sums.unbind(1), strict=True):
+            ratio._sums, ratio._rows = column, None
+
+
 class Mean(Ratio):
-    """A ratio of sums total / count, with the cluster sums of its standard error.
+    """A ratio of sums total / count, with the cluster sums of its standard error; all 0-d.
 
     Computed values: "" the ratio (NaN when count is 0) and, if the cluster sums are known, "_se"
     its standard error.
     """
 
-    total: Tensor
-    count: Tensor
-    clusters: Tensor
-    square: Tensor
-    cross: Tensor
-    count_square: Tensor
-
     @classmethod
     def without_error(cls, total: Tensor, count: Tensor) -> Self:
         """Return total / count without a standard error, which merged means then lack too."""
         unknown = torch.full_like(total, float("nan"), dtype=torch.float64)
-        return cls(total, count, unknown, unknown, unknown, unknown)
+        return cls(torch.stack([total.double(), count.double(), *[unknown] * 4]))
 
     @classmethod
     def from_values(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
@@ -104,7 +171,7 @@ class Mean(Ratio):
             The accumulator.
         """
         n = apply_mask(x, mask)
-        return cls(*ratio_sums(n.sum(1) if mask.dim() > 1 else n, row_counts(mask), cluster))
+        return cls.from_rows(n.sum(1) if mask.dim() > 1 else n, row_counts(mask), cluster)
 
     @classmethod
     def ratio(
@@ -124,7 +191,7 @@ class Mean(Ratio):
         n, d = apply_mask(numerator, mask), apply_mask(denominator, mask)
         if mask.dim() > 1:
             n, d = n.sum(1), d.sum(1)
-        return cls(*ratio_sums(n, d, cluster))
+        return cls.from_rows(n, d, cluster)
 
     def value(self) -> float:
         """Compute the ratio; one host sync."""
@@ -135,26 +202,35 @@ class Mean(Ratio):
         return self.values().get("_se", float("nan"))
 
     @staticmethod
-    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+    def label_values(value: np.ndarray, error: np.ndarray, sums: np.ndarray) -> dict[str, float]:
         """Return the ratio as "" and, if known, its standard error as "_se"."""
-        stderr_entry = {} if np.isnan(sums[2]) else {"_se": float(error)}
-        return {"": float(value)} | stderr_entry
+        if math.isnan(sums[2]):
+            return {"": float(value)}
+        return {"": float(value), "_se": float(error)}
 
 
-@dataclass(frozen=True, eq=False)
+def means_without_error(values: Mapping[str, Tensor]) -> dict[str, Mean]:
+    """Return every 0-d value as a mean over one count, without a standard error.
+
+    Args:
+        values: Values by name.
+
+    Returns:
+        Means by name.
+    """
+    if not values:
+        return {}
+    totals = torch.stack([x.detach().double() for x in values.values()])
+    means = Mean.without_error(totals, torch.ones_like(totals)).sums.unbind(1)
+    return {name: Mean(sums) for name, sums in zip(values, means, strict=True)}
+
+
 class PositionMean(Ratio):
-    """A `Mean` over the whole response and over each position bin; every field is (S,).
+    """A `Mean` over the whole response and over each position bin; every sum is (S,).
 
     Computed values: "", "_se", and for each non-empty bin "@lo-hi", "@lo-hi_se". Late bins hold
     only the responses that are long enough, a selected population, not the same ones as early bins.
     """
-
-    total: Tensor
-    count: Tensor
-    clusters: Tensor
-    square: Tensor
-    cross: Tensor
-    count_square: Tensor
 
     @classmethod
     def from_values(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
@@ -169,16 +245,18 @@ class PositionMean(Ratio):
             The accumulator.
         """
         membership = bin_membership(mask.shape[1], mask.device)
-        return cls(*ratio_sums(apply_mask(x, mask) @ membership, position_counts(mask), cluster))
+        return cls.from_rows(apply_mask(x, mask) @ membership, position_counts(mask), cluster)
 
     @staticmethod
-    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+    def label_values(value: np.ndarray, error: np.ndarray, sums: np.ndarray) -> dict[str, float]:
         """Return values and standard errors of the response and of the non-empty bins."""
         entries = {}
-        for i, label in enumerate(LABELS):
-            if i == 0 or sums[1][i] > 0:
-                entries[label] = float(value[i])
-                entries[f"{label}_se"] = float(error[i])
+        columns = zip(
+            LABELS, ERROR_LABELS, *map(np.ndarray.tolist, (value, error, sums[1])), strict=True
+        )
+        for label, error_label, x, standard_error, count in columns:
+            if count > 0 or not label:
+                entries[label], entries[error_label] = x, standard_error
         return entries
 
 
@@ -201,100 +279,6 @@ class Counts(Accumulator):
         """Return the counts of the response and of the non-empty bins."""
         pairs = zip(LABELS, sums[0].tolist(), strict=True)
         return {label: n for label, n in pairs if n > 0 or not label}
-
-
-@dataclass(frozen=True, eq=False)
-class Deciles(Ratio):
-    """A `Mean` in each tenth of the response, by relative position; every field is (10,).
-
-    Computed values, for each non-empty tenth: "%0-10" to "%90-100" and the same with "_se". Every
-    response is in every tenth (except for very short ones), so tenths compare one population at
-    positions that differ between responses; a `PositionMean` compares equal positions of different
-    populations.
-    """
-
-    total: Tensor
-    count: Tensor
-    clusters: Tensor
-    square: Tensor
-    cross: Tensor
-    count_square: Tensor
-
-    @classmethod
-    def from_values(
-        cls,
-        x: Tensor,
-        mask: Tensor,
-        cluster: Tensor | None = None,
-        response: Tensor | None = None,
-    ) -> Self:
-        """Accumulate the mean of x over the mask, by tenth of the response.
-
-        Args:
-            x: (B, T) values.
-            mask: (B, T) bool.
-            cluster: (B,) cluster ids; each row is a cluster if None.
-            response: (B, T) bool, the tokens that the response consists of; the mask if None.
-
-        Returns:
-            The accumulator.
-        """
-        tenth = decile_indices(mask if response is None else response)
-
-        def sum_by_tenth(values: Tensor) -> Tensor:
-            return values.new_zeros(len(values), 10).scatter_add(1, tenth, values)
-
-        return cls(
-            *ratio_sums(sum_by_tenth(apply_mask(x, mask)), sum_by_tenth(mask.double()), cluster)
-        )
-
-    @staticmethod
-    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
-        """Return values and standard errors of the non-empty tenths."""
-        entries = {}
-        for i in range(10):
-            if sums[1][i] > 0:
-                entries[f"%{10 * i}-{10 * i + 10}"] = float(value[i])
-                entries[f"%{10 * i}-{10 * i + 10}_se"] = float(error[i])
-        return entries
-
-
-@dataclass(frozen=True, eq=False)
-class Martingale(Accumulator):
-    """z = sum m d / sqrt(sum m v) for differences d with mean 0 and variance v given the prefix.
-
-    Computed values: "" z over the whole response and "@lo-hi" over each bin with nonzero variance,
-    each approximately standard normal if the differences really have mean 0 (martingale central
-    limit theorem); under a fixed bias it grows like the square root of the number of tokens. Both
-    fields are (S,).
-    """
-
-    difference: Tensor
-    variance: Tensor
-
-    @classmethod
-    def from_values(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
-        """Accumulate one batch.
-
-        Args:
-            difference: (B, T) martingale differences.
-            variance: (B, T) their conditional variances.
-            mask: (B, T) bool.
-
-        Returns:
-            The accumulator.
-        """
-        membership = bin_membership(mask.shape[1], mask.device)
-        return cls(*(apply_mask(x, mask).sum(0) @ membership for x in (difference, variance)))
-
-    @staticmethod
-    def summary(*sums: np.ndarray) -> dict[str, float]:
-        """Compute z from the host sums."""
-        z_scores = {"": float("nan")}
-        for label, difference, variance in zip(LABELS, *(x.tolist() for x in sums), strict=True):
-            if variance > 0:
-                z_scores[label] = difference / variance**0.5
-        return z_scores
 
 
 def pack(totals: Mapping[str, Accumulator]) -> Tensor:
@@ -345,28 +329,29 @@ def compute(totals: Mapping[str, Accumulator]) -> dict[str, float]:
             sums[name].append(host[start : start + x.numel()].reshape(x.shape))
             start += x.numel()
     ratios = [name for name, total in totals.items() if isinstance(total, Ratio)]
-    divided = iter(_divide_all([sums[name] for name in ratios]))
+    divided = iter(_divide_all([sums[name][0] for name in ratios]))
     row: dict[str, float] = {}
     for name, total in totals.items():
-        host_sums = sums[name]
         if isinstance(total, Ratio):
-            entries = total.label_values(*next(divided), *host_sums)
+            entries = total.label_values(*next(divided), sums[name][0])
         else:
-            entries = total.summary(*host_sums)
-        row |= {name + suffix: value for suffix, value in entries.items()}
+            entries = total.summary(*sums[name])
+        for suffix, value in entries.items():
+            row[name + suffix] = value
     return row
 
 
-def _divide_all(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _divide_all(ratios: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Compute `ratio_and_error` for the six sums of each ratio, on all of them at once."""
     if not ratios:
         return []
-    flat = [np.concatenate([x.ravel() for x in column]) for column in zip(*ratios, strict=True)]
-    ends = np.cumsum([sums[0].size for sums in ratios])[:-1]
-    shapes = [sums[0].shape for sums in ratios]
-    value, error = (np.split(x, ends) for x in ratio_and_error(*flat))
-    results = zip(value, error, shapes, strict=True)
-    return [(v.reshape(shape), e.reshape(shape)) for v, e, shape in results]
+    columns = [sums.reshape(6, -1) for sums in ratios]
+    value, error = ratio_and_error(*np.concatenate(columns, axis=1))
+    results, end = [], 0
+    for sums in ratios:
+        part, shape = slice(end, end := end + sums[0].size), sums.shape[1:]
+        results.append((value[part].reshape(shape), error[part].reshape(shape)))
+    return results
 
 
 def merge(a: Mapping[str, Accumulator], b: Mapping[str, Accumulator]) -> dict[str, Accumulator]:

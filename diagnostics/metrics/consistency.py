@@ -9,9 +9,9 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.core.histograms import Quantiles
-from diagnostics.core.moments import EffectiveSampleSize
+from diagnostics.core.moments import EffectiveSampleSize, Martingale
 from diagnostics.core.optional_fields import MissingField, require_distribution_stats
-from diagnostics.core.totals import Accumulator, Martingale, Mean
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.core.deciles import Deciles
 from diagnostics.core.histograms import Quantiles
 from diagnostics.core.moments import EffectiveSampleSize
 from diagnostics.core.optional_fields import require_distribution_stats, require_support
-from diagnostics.core.totals import Accumulator, Counts, Deciles, Mean, PositionMean
+from diagnostics.core.totals import Accumulator, Counts, Mean, PositionMean
 
 RANKS = (8, 16, 32)
 """Depths of the exact rank shares: comparable across runs with different top-K."""
