@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import benchmarks.step
 import pytest
 import torch
 
-import benchmarks.step
 import opd.models.fsdp
 import opd.rollouts.decoding
 import opd.rollouts.static_cache
