@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import benchmarks.step
 import pytest
 import torch
 
+import benchmarks.floor.processes
 import opd.models.fsdp
 import opd.rollouts.decoding
 import opd.rollouts.static_cache
@@ -70,7 +70,7 @@ def run_in_fork(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
 
 def dry_run(folder: Path) -> None:
     """Run the command; the trainer that it starts in a process of its own is a fork of this one."""
-    setattr(benchmarks.step, "subprocess", SimpleNamespace(run=run_in_fork))  # noqa: B010
+    setattr(benchmarks.floor.processes, "subprocess", SimpleNamespace(run=run_in_fork))  # noqa: B010
     sys.exit(main(["--dry-run", "--minutes", "60", "--out", str(folder)]))
 
 
