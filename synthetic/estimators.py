@@ -19,7 +19,12 @@ from opd.objectives.credit import BASELINES, NO_COST, RATIOS
 from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.sampling.monte_carlo import visit_gradients
-from synthetic.sampling.trajectories import Trajectories, score_trajectories, with_support
+from synthetic.sampling.trajectories import (
+    Trajectories,
+    score_with_tables,
+    with_statistics,
+    with_support,
+)
 from synthetic.worlds.mdp import TabularMDP
 from synthetic.worlds.transitions import Moves, Transitions, backward_sums
 
@@ -173,7 +178,7 @@ class TokenBatch:
     logits: tuple[Tensor, Tensor]
     """(S, A) of student and teacher."""
     trajectories: Trajectories
-    """3 S A scored responses of one token."""
+    """3 S A scored responses of one token, without statistics of the distributions."""
     acting: Tensor
     """(S, A) probabilities with which tokens are sampled."""
     moves: Moves
@@ -184,6 +189,12 @@ class TokenBatch:
     """(T, S) probability of state c at step t."""
     on_policy: bool
     """Whether the student is the sampler."""
+
+    @cached_property
+    def with_statistics(self) -> Trajectories:
+        """The responses with statistics of the distributions, which some objectives read."""
+        student, teacher = (self.mdp.log_policy(logits).detach() for logits in self.logits)
+        return with_statistics(self.trajectories, student, teacher)
 
 
 def token_batch(
@@ -206,12 +217,12 @@ def token_batch(
     s, a = mdp.num_states, mdp.num_actions
     states = torch.arange(s).repeat_interleave(a).repeat(3)[:, None]
     tokens = torch.arange(a).repeat(3 * s)[:, None]
-    trajectories = score_trajectories(mdp, student_logits, teacher_logits, states, tokens, sampler)
     acting = mdp.behaviour(student_logits, sampler)
     student_logp, teacher_logp = (
-        mdp.log_policy(student_logits).detach(),
+        mdp.log_policy(student_logits, "student_logits").detach(),
         mdp.log_policy(teacher_logits, "teacher_logits").detach(),
     )
+    trajectories = score_with_tables(student_logp, teacher_logp, acting, mdp.active, states, tokens)
     moves = mdp.transitions.under(acting)
     occupancy = [mdp.start]
     for _ in range(mdp.horizon - 1):
@@ -252,7 +263,9 @@ def terms(
         InvalidInput: If the loss is not affine in its credit, or a top-K objective has no k.
     """
     mdp, (s, a) = tokens.mdp, tokens.acting.shape
-    trajectories = with_support(tokens.trajectories, *tokens.logits, objective.support, k)
+    reads_statistics = objective.requirements.distributions
+    trajectories = tokens.with_statistics if reads_statistics else tokens.trajectories
+    trajectories = with_support(trajectories, *tokens.logits, objective.support, k)
     factor, weight = ("sequence", "none") if ratio == "sequence" else ("none", ratio)
     token_factor = RATIOS[factor](trajectories.batch)[: s * a]
     objective = replace(objective, ratio=RATIOS[weight])

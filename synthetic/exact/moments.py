@@ -15,7 +15,7 @@ from synthetic.estimators import ESTIMATORS, Estimator, Terms, terms, token_batc
 from synthetic.exact import baselines
 from synthetic.exact.parameters import SharedParameters, TableParameters
 from synthetic.exact.recursion import EstimatorRows, propagate_moments
-from synthetic.worlds.mdp import TabularMDP
+from synthetic.worlds.mdp import TabularMDP, log_probabilities
 
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
 
@@ -112,6 +112,49 @@ def expected_gradient(
     credit = visits[:, None] * cost + gammas[:, None, None] * future
     gradient = p * (credit - (p * credit).sum(-1, keepdim=True))
     return gradient[0] if isinstance(gamma, float | int) else gradient
+
+
+@torch.no_grad()
+def expected_gradients_of_students(
+    mdp: TabularMDP, student_logits: Tensor, teacher_logits: Tensor, gammas: Tensor
+) -> Tensor:
+    """Compute `expected_gradient` of several students at once, each with a discount of its own.
+
+    With d_t the visits and V_t the costs to go, the sum over steps of d_t(c) V_(t+1)(c') is one
+    matrix of pairs of states, and the transitions are applied to it once.
+
+    Args:
+        mdp: A world whose transitions are dense.
+        student_logits: (R, S, A).
+        teacher_logits: (S, A).
+        gammas: (R,) discount of each student.
+
+    Returns:
+        (R, S, A) expected gradient of one trajectory of each student.
+
+    Raises:
+        InvalidInput: If the transitions are sparse or a value is not finite.
+    """
+    if not isinstance(mdp.transition, Tensor):
+        raise InvalidInput("the transitions are sparse; use expected_gradient for each student")
+    student = log_probabilities(student_logits, "student_logits")
+    cost = student - mdp.log_policy(teacher_logits, "teacher_logits")
+    p, cost = student.exp(), cost * mdp.active[:, None]
+    count, horizon = len(p), mdp.horizon
+    moves = torch.einsum("rca,cad->rcd", p, mdp.transition)
+    # costs to go and visits advance together: V <- local + gamma M V and d <- M^T d
+    factors = torch.cat([gammas[:, None, None] * moves, moves.mT])
+    steps = p.new_zeros(horizon, 2 * count, mdp.num_states, 1)
+    steps[0, count:] = mdp.start[:, None]
+    constant = torch.zeros_like(steps[0])
+    constant[:count, :, 0] = (p * cost).sum(-1)
+    for t in range(horizon - 1):
+        torch.baddbmm(constant, factors, steps[t], out=steps[t + 1])
+    values, occupancy = steps[..., 0].flip(0)[:, :count], steps[:, count:, :, 0]
+    pairs = torch.einsum("trc,trd->rcd", occupancy, values)
+    future = torch.einsum("rcd,cad->rca", pairs, mdp.transition)
+    credit = occupancy.sum(0)[..., None] * cost + gammas[:, None, None] * future
+    return p * (credit - (p * credit).sum(-1, keepdim=True))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Exact measurements of the three failure modes in the drift chain, and the effect of training."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,12 +228,13 @@ def training_metrics(chain: DriftChain, iterations: int, rate: float) -> list[Ro
     untagged_teacher = chain.teacher.clone()
     untagged_teacher[:, chain.special_token] = chain.student[:, chain.special_token]
     recorded_iterations = sorted({0, *(round(iterations ** (i / 12)) for i in range(13))})
-    rows: list[Row] = []
-    for gamma in GAMMAS:
-        current = replace(chain, teacher=untagged_teacher)
-        for iteration in range(iterations + 1):
-            if iteration in recorded_iterations:
-                divergence = moments.sequence_kl(current.mdp, current.student, current.teacher)
+    mdp, gammas = chain.mdp, torch.tensor(GAMMAS, dtype=torch.float64)
+    rows_of_gamma: list[list[Row]] = [[] for _ in GAMMAS]
+    students = chain.student.to(torch.float64).repeat(len(GAMMAS), 1, 1)
+    for iteration in range(iterations + 1):
+        if iteration in recorded_iterations:
+            for gamma, rows, student in zip(GAMMAS, rows_of_gamma, students, strict=True):
+                divergence = moments.sequence_kl(mdp, student, untagged_teacher)
                 mass = float(divergence.occupancy[-1, chain.loop])
                 row = {
                     "gamma": gamma,
@@ -246,12 +246,13 @@ def training_metrics(chain: DriftChain, iterations: int, rate: float) -> list[Ro
                     rows.append({"loop_start": mass})
                 if iteration == iterations:
                     rows.append({"gamma": gamma, "loop_end": mass})
-            gradient = moments.expected_gradient(
-                current.mdp, current.student, current.teacher, gamma
+        if iteration < iterations:
+            gradients = moments.expected_gradients_of_students(
+                mdp, students, untagged_teacher, gammas
             )
-            scale = rate * current.mdp.horizon / gradient.norm().clamp(min=current.mdp.horizon)
-            current = replace(current, student=current.student - scale * gradient)
-    return rows
+            lengths = gradients.flatten(1).norm(dim=1).clamp(min=mdp.horizon)
+            students = students - (rate * mdp.horizon / lengths)[:, None, None] * gradients
+    return [row for rows in rows_of_gamma for row in rows]
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:

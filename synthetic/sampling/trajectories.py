@@ -81,25 +81,25 @@ def simulate(
     """
     total = len(acting) * count
     policy, transitions = acting.flatten(0, 1).cumsum(-1), mdp.transitions
-    moves = transitions.probabilities.cumsum(-1)
+    moves = transitions.probabilities.cumsum(-1).flatten(0, 1)
     offset = torch.arange(len(acting)).repeat_interleave(count) * mdp.num_states
-    uniform = torch.rand(mdp.horizon, 2, total, generator=generator, dtype=torch.float64)
-    first = torch.rand(total, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(mdp.horizon, 2, total, 1, generator=generator, dtype=torch.float64)
+    first = torch.rand(total, 1, generator=generator, dtype=torch.float64)
     state = _inverse_cdf(mdp.start.cumsum(-1).expand(total, -1), first)
     states, tokens = [], []
-    for step in uniform:
-        token = _inverse_cdf(policy[offset + state], step[0])
+    for choose_token, choose_state in uniform:
+        token = _inverse_cdf(policy.index_select(0, offset + state), choose_token)
         states.append(state)
         tokens.append(token)
-        successor = _inverse_cdf(moves[state, token], step[1])
+        pair = state * mdp.num_actions + token
+        successor = _inverse_cdf(moves.index_select(0, pair), choose_state)
         state = transitions.next_states(state, token, successor)
     return torch.stack(states, 1), torch.stack(tokens, 1), state
 
 
 def _inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """Return (B,) the first index of (B, N) whose cumulative fraction exceeds `uniform` (B,)."""
-    target = uniform[:, None] * cumulative[:, -1:]
-    return (cumulative <= target).sum(-1).clamp(max=cumulative.shape[1] - 1)
+    """Return (B,) the first index of (B, N) whose cumulative fraction exceeds `uniform` (B, 1)."""
+    return (cumulative[:, :-1] <= uniform * cumulative[:, -1:]).sum(-1)
 
 
 @torch.no_grad()
@@ -111,9 +111,10 @@ def score_trajectories(
     tokens: Tensor,
     sampler: Tensor | None = None,
 ) -> Trajectories:
-    """Score given states and tokens under both policies; tokens at the end state are masked.
+    """Score given states and tokens under both policies, with statistics of the distributions.
 
-    The student's log-probability replaces the sampler's for a token that the sampler never draws.
+    Tokens at the end state are masked. The student's log-probability replaces the sampler's for a
+    token that the sampler never draws.
 
     Args:
         mdp: The world.
@@ -129,14 +130,15 @@ def score_trajectories(
     student = mdp.log_policy(student_logits, "student_logits")
     teacher = mdp.log_policy(teacher_logits, "teacher_logits")
     acting = mdp.behaviour(student_logits, sampler)
-    return score_with_tables(student, teacher, acting, mdp.active, states, tokens)
+    trajectories = score_with_tables(student, teacher, acting, mdp.active, states, tokens)
+    return with_statistics(trajectories, student, teacher)
 
 
 @torch.no_grad()
 def score_with_tables(
     student: Tensor, teacher: Tensor, acting: Tensor, active: Tensor, states: Tensor, tokens: Tensor
 ) -> Trajectories:
-    """Score states and tokens under tables of N states.
+    """Score states and tokens under tables of N states, without statistics of distributions.
 
     Args:
         student: (N, A) log-probabilities.
@@ -152,13 +154,6 @@ def score_with_tables(
     sampler_logp = torch.where(acting > 0, acting.clamp(min=1e-300).log(), student)
     mask = active[states] > 0
     tokens = tokens * mask
-    # of the statistics of a state, only the rank depends on the token
-    any_tokens = torch.zeros(len(student), dtype=torch.long)
-    table_stats = compute_distribution_stats(student, teacher, any_tokens)
-    ranks = 1 + (teacher[:, None] > teacher[..., None]).sum(-1)
-    table = torch.stack([x[:, None].expand_as(student) for x in table_stats.values()])
-    table[list(table_stats).index("teacher_rank")] = ranks
-    stats = (table[:, states, tokens] * mask).unbind()
     batch = ScoredRollouts(
         tokens=tokens,
         mask=mask,
@@ -167,10 +162,33 @@ def score_with_tables(
         ended=torch.ones(len(states), dtype=torch.bool),
         student_logp=student[states, tokens] * mask,
         teacher_logp=teacher[states, tokens] * mask,
-        prefix=DistributionStats(**dict(zip(table_stats, stats, strict=True))),
         mask_rule="not_ended",
     )
     return Trajectories(batch, states)
+
+
+@torch.no_grad()
+def with_statistics(trajectories: Trajectories, student: Tensor, teacher: Tensor) -> Trajectories:
+    """Add the statistics of both policies' distributions, for costs and baselines that read them.
+
+    Args:
+        trajectories: Trajectories scored under tables of N states.
+        student: (N, A) log-probabilities.
+        teacher: (N, A) log-probabilities.
+
+    Returns:
+        The same trajectories with the statistics.
+    """
+    batch, states = trajectories.batch, trajectories.states
+    # of the statistics of a state, only the rank depends on the token
+    any_tokens = torch.zeros(len(student), dtype=torch.long)
+    table_stats = compute_distribution_stats(student, teacher, any_tokens)
+    ranks = 1 + (teacher[:, None] > teacher[..., None]).sum(-1)
+    table = torch.stack([x[:, None].expand_as(student) for x in table_stats.values()])
+    table[list(table_stats).index("teacher_rank")] = ranks
+    stats = (table[:, states, batch.tokens] * batch.mask).unbind()
+    prefix = DistributionStats(**dict(zip(table_stats, stats, strict=True)))
+    return replace(trajectories, batch=replace(batch, prefix=prefix))
 
 
 @torch.no_grad()
@@ -199,21 +217,7 @@ def with_support(
     """
     if source == "none":
         return trajectories
-    tables, present = {"teacher": teacher_logits, "student": student_logits}, None
-    num_actions = student_logits.shape[1]
-    if source == "full":
-        ids = torch.arange(num_actions).expand_as(student_logits)
-    elif source not in (*tables, *JOINT_SUPPORTS):
-        raise InvalidInput(
-            f"unknown support {source!r}; known: none, full, "
-            f"{', '.join((*tables, *JOINT_SUPPORTS))}"
-        )
-    elif k is None or not 1 <= k <= num_actions:
-        raise InvalidInput(f"k is {k}, expected 1 to {num_actions} (the number of actions)")
-    elif source in JOINT_SUPPORTS:
-        ids, present = JOINT_SUPPORTS[source](*(x.topk(k, -1).indices for x in tables.values()))
-    else:
-        ids = tables[source].topk(k, -1).indices
+    ids, present = support_ids(student_logits, teacher_logits, source, k)
     mask = trajectories.batch.mask[..., None]
     student, teacher = (
         x.to(torch.float64).log_softmax(-1) for x in (student_logits, teacher_logits)
@@ -226,6 +230,39 @@ def with_support(
         present=None if present is None else present[trajectories.states] & mask,
     )
     return replace(trajectories, batch=replace(trajectories.batch, support=support))
+
+
+def support_ids(
+    student_logits: Tensor, teacher_logits: Tensor, source: str, k: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the support of every state.
+
+    Args:
+        student_logits: (S, A).
+        teacher_logits: (S, A).
+        source: As in `with_support`, but not "none".
+        k: Size of a top-K support.
+
+    Returns:
+        (S, K) ids, and (S, K) bool which of them count; None for all.
+
+    Raises:
+        InvalidInput: If the source is unknown, or a top-K support has no k in 1 to A.
+    """
+    tables = {"teacher": teacher_logits, "student": student_logits}
+    num_actions = student_logits.shape[1]
+    if source == "full":
+        return torch.arange(num_actions).expand_as(student_logits), None
+    if source not in (*tables, *JOINT_SUPPORTS):
+        raise InvalidInput(
+            f"unknown support {source!r}; known: none, full, "
+            f"{', '.join((*tables, *JOINT_SUPPORTS))}"
+        )
+    if k is None or not 1 <= k <= num_actions:
+        raise InvalidInput(f"k is {k}, expected 1 to {num_actions} (the number of actions)")
+    if source in JOINT_SUPPORTS:
+        return JOINT_SUPPORTS[source](*(x.topk(k, -1).indices for x in tables.values()))
+    return tables[source].topk(k, -1).indices, None
 
 
 def with_baseline(trajectories: Trajectories, baseline: Tensor) -> Trajectories:

@@ -300,6 +300,20 @@ def test_a_grid_of_discounts_equals_one_at_a_time() -> None:
         torch.testing.assert_close(combined[1][i], single[1], atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.parametrize("world", ["chain", "ending"])
+def test_students_together_have_the_gradients_of_each(world: str) -> None:
+    mdp = worlds()[world]
+    student, teacher = pair(mdp)
+    students = torch.stack([student, teacher, 2 * student])
+    gammas = (0.0, 0.7, 1.0)
+    together = moments.expected_gradients_of_students(
+        mdp, students, teacher, torch.tensor(gammas, dtype=torch.float64)
+    )
+    for gradient, logits, gamma in zip(together, students, gammas, strict=True):
+        expected = moments.expected_gradient(mdp, logits, teacher, gamma)
+        torch.testing.assert_close(gradient, expected, atol=1e-14, rtol=1e-13)
+
+
 def test_arguments_without_effect_or_sense_are_refused() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)

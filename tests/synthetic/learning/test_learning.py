@@ -83,6 +83,23 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
     assert (first[[0, 2]] - second[[0, 2]]).norm(dim=1).min() > 0.1
 
 
+def test_updates_of_adam_are_those_of_torch() -> None:
+    step_sizes, generator = rates(0.1, 0.003), seeded(4)
+    weights = [torch.zeros(5, dtype=torch.float64, requires_grad=True) for _ in step_sizes]
+    optimizers = [
+        torch.optim.Adam([w], lr=float(r)) for w, r in zip(weights, step_sizes, strict=True)
+    ]
+    step, total = descent.adam(step_sizes, 5), torch.zeros(2, 5, dtype=torch.float64)
+    for _ in range(4):
+        gradient = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        total += step(gradient)
+        for weight, optimizer, row in zip(weights, optimizers, gradient, strict=True):
+            weight.grad = row.clone()
+            optimizer.step()
+    expected = torch.stack([weight.detach() for weight in weights])
+    torch.testing.assert_close(total, expected, atol=1e-15, rtol=1e-14)
+
+
 def test_a_marked_path_is_one_of_single_steps() -> None:
     problem, objective = (
         small(),
