@@ -3,9 +3,11 @@
     python -m benchmarks.plan            # the table of errors in docs/scale.md
     python -m benchmarks.plan --sizes    # the tables of memory and time there, of 7B to 72B
 
-Each configuration trains a random pair for three steps in a process of its own. Memory is the
-peak of the process in the first two steps beyond its use before the models were loaded, time the
-process's CPU time of the second step. Predictions are made before, from the configurations alone.
+Each configuration trains a random pair in a process of its own. Memory is the peak of the process
+in the first two steps beyond its use before the models were loaded. Time is the CPU time of the
+process in a step, the median of those after the first ones, which also check scores; the last one,
+which saves the model, does not count. Predictions are made before, from the configurations alone.
+The average number of busy processes (load) during each run is shown.
 """
 
 import argparse
@@ -17,7 +19,10 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.random_pair import save_pair, training_config
 from opd.config.settings import Config, with_settings
@@ -36,6 +41,10 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+WARMUP, TIMED = 3, 3
+"""Steps that are not timed, since they rescore responses, and steps that are."""
+PHASES = {"rollout": "rollout", "scoring": "score", "update": "update"}
+"""Begins of the names of predicted activities, and a step's phase by its own clock."""
 CASES = (
     Case(name="teacher_topk, V 32k"),
     Case(
@@ -88,23 +97,26 @@ def main() -> None:
     if args.sizes:
         print(size_tables())
         return
-    heads = "predicted MiB | measured MiB | error | predicted s | measured s | error"
-    print(f"| configuration | {heads} |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    heads = ["configuration", "predicted MiB", "measured MiB", "error"]
+    for name in ("step", *PHASES):
+        heads += [f"{name}: predicted s", "measured s", "error"]
+    print(f"| {' | '.join([*heads, 'load'])} |")
+    print("|---" * (len(heads) + 1) + "|", flush=True)
     for number in args.cases if args.cases is not None else range(len(CASES)):
         with tempfile.TemporaryDirectory() as folder:
             save_case(Path(folder), CASES[number])
             predicted = predict(CASES[number], Path(folder))
             measured = run_process(number, folder)
         cells = [CASES[number].name]
-        for name, unit in (("bytes", 2**20), ("seconds", 1.0)):
+        for name in ("bytes", "step", *PHASES):
+            unit = 2**20 if name == "bytes" else 1.0
             error = predicted[name] / measured[name] - 1
             cells += [
                 f"{predicted[name] / unit:.3g}",
                 f"{measured[name] / unit:.3g}",
                 f"{error:+.0%}",
             ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(f"| {' | '.join(cells)} | {os.getloadavg()[0]:.0f} |", flush=True)
 
 
 def size_tables() -> str:
@@ -165,18 +177,23 @@ def save_case(folder: Path, case: Case) -> None:
 def case_config(case: Case, folder: Path) -> Config:
     """Return the settings of a case."""
     settings = {"answer_column": "", "support_k": 32, "max_prompt": 30, **case.settings}
+    steps = WARMUP + TIMED + 1
     return training_config(
-        folder, folder / "run", rows=case.rows, response=case.response, steps=3, **settings
+        folder, folder / "run", rows=case.rows, response=case.response, steps=steps, **settings
     )
 
 
 def predict(case: Case, folder: Path) -> dict[str, float]:
-    """Return the predicted bytes and seconds of a step."""
+    """Return the predicted bytes, and the seconds of a step and of its phases."""
     from opd.analysis.plan.known_machines import find_machine
     from opd.analysis.plan.plan import make_plan
 
     plan = make_plan(case_config(case, folder), find_machine("cpu"))
-    return {"bytes": plan.peak_bytes, "seconds": plan.step_seconds}
+    phases = {
+        name: sum(part.seconds for part in plan.activities if part.name.startswith(name))
+        for name in PHASES
+    }
+    return {"bytes": plan.peak_bytes, "step": plan.step_seconds, **phases}
 
 
 def run_process(number: int, folder: str) -> dict[str, float]:
@@ -198,13 +215,14 @@ def resident_bytes(name: str) -> int:
 
 
 def measure(case: Case, folder: Path) -> dict[str, float]:
-    """Train, and return the peak memory of two steps and the CPU seconds of the second."""
+    """Train; return the peak memory of two steps, and the CPU seconds of later ones."""
     from opd.training import train as trainer
 
     warm_up()
     before = resident_bytes("VmRSS")
-    step = trainer.run_step
-    peaks, seconds = [0], [0.0]
+    run_step = trainer.run_step
+    peaks: list[int] = []
+    steps: list[dict[str, float]] = []
 
     def measured_step(state: Any, number: int, log: Any) -> Any:
         if number == 0:
@@ -212,13 +230,22 @@ def measure(case: Case, folder: Path) -> dict[str, float]:
         elif number == 2:
             peaks.append(resident_bytes("VmHWM"))
         start = time.process_time()
-        row = step(state, number, log)
-        seconds.append(time.process_time() - start)
+        row = run_step(state, number, log)
+        phases = {name: row[f"seconds/{phase}"] for name, phase in PHASES.items()}
+        steps.append({"step": time.process_time() - start, **phases})
         return row
 
-    trainer.run_step = measured_step
-    trainer.train(case_config(case, folder))
-    return {"bytes": peaks[-1] - before, "seconds": seconds[2]}
+    with (
+        patch.object(trainer, "time", SimpleNamespace(perf_counter=time.process_time)),
+        patch.object(trainer, "run_step", measured_step),
+        patch.object(trainer, "evaluate_and_record", lambda *_: None),
+    ):
+        trainer.train(case_config(case, folder))
+    timed = steps[WARMUP : WARMUP + TIMED]
+    return {
+        "bytes": peaks[0] - before,
+        **{name: median(step[name] for step in timed) for name in timed[0]},
+    }
 
 
 def warm_up() -> None:

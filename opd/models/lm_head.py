@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from diagnostics.errors import InvalidInput
 from opd.models.gathered_head import gathered_product
+from opd.models.planned_device import device_kind
 
 CPU_BLOCK, CPU_CHUNK = 1 << 19, 1 << 22
 """Largest numbers of elements: of a block that stays in the cache, and of an array whose memory the
@@ -223,7 +224,7 @@ def block_slices(chunk: slice, vocabulary: int, max_elements: int | None) -> lis
 
 def cached_elements(device: torch.device) -> int | None:
     """Return how many float32 numbers of a block stay in a CPU's cache; None elsewhere."""
-    return CPU_BLOCK if device.type == "cpu" else None
+    return CPU_BLOCK if device_kind(device) == "cpu" else None
 
 
 def chunk_elements(max_elements: int, vocabulary: int, device: torch.device) -> int:
@@ -237,7 +238,7 @@ def chunk_elements(max_elements: int, vocabulary: int, device: torch.device) -> 
     Returns:
         The numbers of a chunk.
     """
-    if device.type != "cpu":
+    if device_kind(device) != "cpu":
         return max_elements
     return min(max_elements, max(CPU_CHUNK, CPU_CHUNK_TOKENS * vocabulary))
 

@@ -71,7 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for c in chunk_slices(len(hidden), head.num_products(hidden), max_elements):
             z, block_loss = head.products(hidden[c]), loss(c)
             wants_gradient = any((wants_hidden, *wanted))
-            is_view = z.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr()
+            is_view = z.untyped_storage() is hidden.untyped_storage()
             dz = torch.empty_like(z) if wants_gradient and is_view else z  # in place of products
             for block in block_slices(c, z.shape[1], block_elements):
                 rows = slice(block.start - c.start, block.stop - c.start)

@@ -270,7 +270,7 @@ def _token_columns(
                 if q_products is not None:
                     q_logits = product_logits(teacher.model.head, q_products[part], temperature)
                 if p is not None and q_logits is not None:
-                    values = _full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
+                    values = full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
                 elif p is not None and not has_teacher:
                     values = {"student_logp": p.gather(-1, tokens[b, None])[:, 0]}
                 else:
@@ -330,7 +330,7 @@ def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -
             )
 
 
-def _full_columns(p: Tensor, q: Tensor, tokens: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+def full_columns(p: Tensor, q: Tensor, tokens: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
     """Return the columns of n tokens from (n, V) log-probabilities of student and teacher."""
     k, source, y = request.requirements.support_k, request.source, tokens[:, None]
     present: Tensor | None = None

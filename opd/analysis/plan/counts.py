@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from opd.analysis.plan.machines import Machine
+from opd.analysis.plan.operation_times import LONGEST
 
 ATEN = torch.ops.aten
 PARTLY_READ = {
@@ -126,6 +127,8 @@ class OperationCounter(TorchDispatchMode):
         self.live = self.peak = self.kept_bytes = 0
         self.live_gradients = self.gradients_at_peak = 0
         self._bytes_by_storage: dict[int, int] = {}
+        self._traffic = 0.0
+        self._touched: dict[int, float] = {}
 
     def counts(self) -> Counts:
         """Return the counts so far."""
@@ -152,7 +155,8 @@ class OperationCounter(TorchDispatchMode):
         """Count an operation on float32 numbers that the meta device lacks."""
         self.moved_bytes += moved_bytes
         self.operations += 1
-        self.seconds += self.machine.seconds(0.0, moved_bytes, 4, True)
+        self.seconds += self.machine.start_seconds(False)
+        self.seconds += self.machine.work_seconds(0.0, moved_bytes, 4, True)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Note that a tensor is a weight's gradient."""
@@ -193,9 +197,24 @@ class OperationCounter(TorchDispatchMode):
         self.flops += flops
         self.moved_bytes += moved_bytes
         self.operations += 1
-        self.seconds += self.machine.seconds(
+        seconds = self.machine.work_seconds(
             flops, moved_bytes, item, func._schema.name.rstrip("_") in ELEMENTWISE
         )
+        times = self.machine.operation_times
+        if times is not None and seconds < LONGEST:
+            measured = times.seconds(func, (args, kwargs), self.is_cached)
+            seconds = seconds if measured is None else measured
+        # with gradients a checkpointed layer is computed again, which Python starts
+        is_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+        self.seconds += self.machine.start_seconds(is_backward) + seconds
+        self._traffic += moved_bytes
+        for x in (*inputs, *outputs):
+            self._touched[id(x.untyped_storage())] = self._traffic
+
+    def is_cached(self, x: Tensor) -> bool:
+        """Return whether little was read and written since a tensor was last used."""
+        touched = self._touched.get(id(x.untyped_storage()))
+        return touched is not None and self._traffic - touched < self.machine.cache_bytes
 
     def _track(self, x: Tensor, num_bytes: int) -> None:
         storage = x.untyped_storage()
@@ -210,6 +229,7 @@ class OperationCounter(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._bytes_by_storage.pop(key)
+        self._touched.pop(key, None)
 
 
 def stored_bytes(x: Tensor) -> int:

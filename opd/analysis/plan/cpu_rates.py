@@ -1,25 +1,19 @@
-"""Rates of the CPU at hand, measured in half a second."""
+"""Rates of the CPU at hand, measured in half a second, and its time to start operations."""
 
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from opd.analysis.plan.counts import OperationCounter
 from opd.analysis.plan.machines import GB, Machine
+from opd.analysis.plan.operation_times import OperationTimes
 
-NO_RATES = Machine(
-    name="none",
-    kind="cpu",
-    memory=1.0,
-    half_flops=1.0,
-    float32_flops=1.0,
-    bandwidth=1.0,
-    elementwise_bandwidth=1.0,
-)
-"""A machine for counts whose seconds are not read."""
+CACHE_BYTES = float(1 << 24)
+"""Bytes that are taken to be in the cache since they were last used."""
 
 
 def measure_cpu(seconds: float = 0.5) -> Machine:
@@ -45,8 +39,7 @@ def measure_cpu(seconds: float = 0.5) -> Machine:
         half_flops = product / _seconds_of(lambda: half_a @ half_b, part)
         bandwidth = 2 * large.nbytes / _seconds_of(lambda: target.copy_(large), part)
         softmax = 2 * logits.nbytes / _seconds_of(lambda: logits.log_softmax(-1), part)
-    start = _start_seconds(part)
-    return Machine(
+    machine = Machine(
         name=f"this CPU, {torch.get_num_threads()} threads",
         kind="cpu",
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -56,23 +49,30 @@ def measure_cpu(seconds: float = 0.5) -> Machine:
         elementwise_bandwidth=softmax,
         flops_share=1.0,
         bandwidth_share=1.0,
-        seconds_per_operation=start,
+        seconds_per_operation=0.0,
+        seconds_per_backward_operation=0.0,
         seconds_per_token=0.0,
-        fixed_reserve=0.14 * GB,
+        fixed_reserve=0.115 * GB,
         fragmentation=0.06,
+        operation_times=OperationTimes(),
+        cache_bytes=CACHE_BYTES,
     )
+    forward, backward = start_seconds(machine, part)
+    return replace(machine, seconds_per_operation=forward, seconds_per_backward_operation=backward)
 
 
-def _start_seconds(seconds: float) -> float:
-    """Return the seconds to start an operation of a model, Python included.
+def start_seconds(machine: Machine, seconds: float) -> tuple[float, float]:
+    """Return the seconds to start an operation of a model, Python and autograd included.
 
-    They are measured on a model that is so small that it computes nothing to speak of.
+    They are what a model takes beyond the measured times of its operations. It is so small that it
+    computes nothing to speak of.
 
     Args:
-        seconds: Time for the measurement.
+        machine: The machine, whose starts take no time.
+        seconds: Time for each of two measurements.
 
     Returns:
-        The seconds.
+        The seconds of a forward and of a backward pass.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -85,12 +85,31 @@ def _start_seconds(seconds: float) -> float:
         num_key_value_heads=1,
         eos_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         network = Qwen2ForCausalLM(config).eval()
-        step = partial(network, torch.zeros(1, 2, dtype=torch.long), use_cache=True)
-        with OperationCounter(NO_RATES) as counter:
+    ids = torch.zeros(1, 2, dtype=torch.long)
+
+    def forward() -> Tensor:
+        logits: Tensor = network(ids, use_cache=False).logits
+        return logits
+
+    def both() -> None:
+        forward().sum().backward()
+
+    def beyond_operations(step: Callable[[], object]) -> tuple[float, float]:
+        step()
+        with OperationCounter(machine) as counter:
             step()
-        return _seconds_of(step, seconds) / counter.operations
+        counts = counter.counts()
+        return _seconds_of(step, seconds) - counts.seconds, counts.operations
+
+    with torch.no_grad():
+        forward_seconds, forward_operations = beyond_operations(forward)
+    all_seconds, all_operations = beyond_operations(both)
+    return (
+        max(0.0, forward_seconds / forward_operations),
+        max(0.0, (all_seconds - forward_seconds) / (all_operations - forward_operations)),
+    )
 
 
 def _seconds_of(operation: Callable[[], object], seconds: float) -> float:

@@ -6,6 +6,8 @@ attain.
 
 from dataclasses import dataclass
 
+from opd.analysis.plan.operation_times import OperationTimes
+
 GB = 1e9
 
 
@@ -34,8 +36,10 @@ class Machine:
     bandwidth_share: float = 0.7
     """Share of the peak bandwidth that memory and links attain."""
     seconds_per_operation: float = 6e-6
-    """Seconds to start one operation from Python; those of a compiled decoding loop are not
-    counted."""
+    """Seconds to start one operation from Python, modules of the model included; those of a
+    compiled decoding loop are not counted."""
+    seconds_per_backward_operation: float = 6e-6
+    """Seconds to start one operation of a backward pass."""
     seconds_per_token: float = 5e-4
     """Seconds of a step of decoding in `generate`, outside of the model."""
     fixed_reserve: float = 1.0 * GB
@@ -43,8 +47,23 @@ class Machine:
     and of buffers of libraries."""
     fragmentation: float = 0.06
     """Share of the tensors' memory that the allocator cannot use."""
+    operation_times: OperationTimes | None = None
+    """Measured times of small operations, which hold instead of the rates; None for the rates."""
+    cache_bytes: float = 0.0
+    """Bytes that a core's caches hold; read where operations are measured."""
 
-    def seconds(
+    def start_seconds(self, is_backward: bool) -> float:
+        """Return the time to start an operation.
+
+        Args:
+            is_backward: Whether autograd starts it in a backward pass.
+
+        Returns:
+            Seconds.
+        """
+        return self.seconds_per_backward_operation if is_backward else self.seconds_per_operation
+
+    def work_seconds(
         self, flops: float, moved_bytes: float, item_bytes: int, elementwise: bool
     ) -> float:
         """Return the time of one operation: the slower of arithmetic and memory (roofline).
@@ -56,12 +75,10 @@ class Machine:
             elementwise: Whether `elementwise_bandwidth` holds instead of the memory's.
 
         Returns:
-            Seconds.
+            Seconds, without its start.
         """
         rate = self.half_flops if item_bytes < 4 else self.float32_flops
         bandwidth = self.bandwidth * self.bandwidth_share
         if elementwise:
             bandwidth = min(bandwidth, self.elementwise_bandwidth)
-        return self.seconds_per_operation + max(
-            flops / (rate * self.flops_share), moved_bytes / bandwidth
-        )
+        return max(flops / (rate * self.flops_share), moved_bytes / bandwidth)

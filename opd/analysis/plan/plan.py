@@ -171,41 +171,29 @@ def count_step(
     objective = objective_from_config(config)
     needs, rows = objective.requirements, workload.micro_batch
     reads_head = needs.support == "full"
-    try:
-        rollout, evaluation = count_sampling(
-            config, workload, student, teacher, vocabulary, machine
-        )
-        return StepCounts(
-            rollout=rollout,
-            evaluation=evaluation,
-            student_forward=count_forward(student, rows, vocabulary, machine),
-            teacher_forward=None
-            if teacher is None
-            else count_forward(teacher, workload.teacher_micro_batch, vocabulary, machine),
-            score_chunks=count_score_chunk(
-                student, teacher, vocabulary, rows.tokens, config, needs.support, machine
-            ),
-            update=count_update(
-                student,
-                teacher if reads_head else None,
-                objective,
-                workload.update_batch,
-                vocabulary,
-                config,
-                machine,
-                has_gradients=workload.has_several_micro_batches,
-            ),
-            optimizer=count_optimizer(student, machine),
-        )
-    except InvalidInput:
-        raise
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        architecture = type(student.network).__name__
-        raise InvalidInput(
-            f"{architecture} cannot be planned: its code depends on numbers or refuses tensors "
-            f"without any ({str(error).strip().splitlines()[0]}); plan a model of a similar size, "
-            "such as one of the presets"
-        ) from error
+    rollout, evaluation = count_sampling(config, workload, student, teacher, vocabulary, machine)
+    return StepCounts(
+        rollout=rollout,
+        evaluation=evaluation,
+        student_forward=count_forward(student, rows, vocabulary, machine),
+        teacher_forward=None
+        if teacher is None
+        else count_forward(teacher, workload.teacher_micro_batch, vocabulary, machine),
+        score_chunks=count_score_chunk(
+            student, teacher, vocabulary, rows.tokens, config, needs, machine
+        ),
+        update=count_update(
+            student,
+            teacher if reads_head else None,
+            objective,
+            workload.update_batch,
+            vocabulary,
+            config,
+            machine,
+            has_gradients=workload.has_several_micro_batches,
+        ),
+        optimizer=count_optimizer(student, machine),
+    )
 
 
 def count_sampling(

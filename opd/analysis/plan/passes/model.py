@@ -6,10 +6,12 @@ reads, N = B T response tokens, n tokens of a chunk, D hidden size, V shared voc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.analysis.plan.counts import Counts, extrapolate
 from opd.analysis.plan.networks import MetaNetwork, has_equal_layers, layer_list, with_layers
 from opd.models.lm_head import LogitsHead, find_head
@@ -56,20 +58,56 @@ def split_model(model: MetaNetwork, vocabulary: int) -> CausalLM:
     head = find_head(base, vocabulary) if decoder is not base else None
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        states: Tensor = decoder(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+        states: Tensor = run_network(
+            decoder,
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=False,
         ).last_hidden_state
         return states
 
     def logits(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = network(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+        out: Tensor = run_network(
+            network,
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=False,
         ).logits
         return out
 
     if head is None:
         return CausalLM(network, logits, lambda: LogitsHead(vocabulary), vocabulary)
     return CausalLM(network, hidden, lambda: head, vocabulary)
+
+
+def run_network(network: Any, **inputs: Any) -> Any:
+    """Run the code of a model on tensors without numbers.
+
+    Args:
+        network: A network of transformers, or its decoder.
+        inputs: Its arguments.
+
+    Returns:
+        Its outputs.
+
+    Raises:
+        InvalidInput: Its code depends on numbers, or refuses the meta device, masks or a cache.
+    """
+    try:
+        return network(**inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise refusal(network, str(error).strip().splitlines()[0]) from error
+
+
+def refusal(network: Any, reason: str) -> InvalidInput:
+    """Return the error that says that a model cannot be planned, and why."""
+    return InvalidInput(
+        f"{type(base_model(network)).__name__} cannot be planned: its code depends on numbers or "
+        f"refuses tensors without any ({reason}); plan a model of a similar size, such as one of "
+        "the presets"
+    )
 
 
 def over_layers(

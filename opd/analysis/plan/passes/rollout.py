@@ -13,7 +13,14 @@ import torch
 from opd.analysis.plan.counts import ATEN, Counts, OperationCounter
 from opd.analysis.plan.machines import Machine
 from opd.analysis.plan.networks import MetaNetwork
-from opd.analysis.plan.passes.model import Rows, attention_mask, meta_ids, over_layers
+from opd.analysis.plan.passes.model import (
+    Rows,
+    attention_mask,
+    meta_ids,
+    over_layers,
+    refusal,
+    run_network,
+)
 from opd.rollouts.sampler import Sampler
 
 
@@ -103,7 +110,8 @@ def _forward_with_cache(
 ) -> Any:
     """Run the network with a cache of keys and values; logits of the last position only."""
     ids, positions = meta_ids(rows.count, length, before)
-    return model.network(
+    out = run_network(
+        model.network,
         input_ids=ids,
         attention_mask=attention_mask(model, rows, length, before + length),
         position_ids=positions,
@@ -111,3 +119,6 @@ def _forward_with_cache(
         use_cache=True,
         logits_to_keep=1,
     )
+    if "past_key_values" not in out:
+        raise refusal(model.network, "it has a recurrent state in place of keys and values")
+    return out

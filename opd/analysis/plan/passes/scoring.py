@@ -4,10 +4,11 @@ Shapes: B rows of a pass, P prompt and T response positions, L = P + T - 1 posit
 reads, N = B T response tokens, n tokens of a chunk, D hidden size, V shared vocabulary, K ids.
 """
 
+from dataclasses import replace
+
 import torch
 
-from diagnostics.core.distribution_stats import compute_distribution_stats
-from opd.analysis.plan.counts import Counts, OperationCounter
+from opd.analysis.plan.counts import SUMS, Counts, OperationCounter
 from opd.analysis.plan.machines import Machine
 from opd.analysis.plan.networks import MetaNetwork
 from opd.analysis.plan.passes.model import (
@@ -18,12 +19,10 @@ from opd.analysis.plan.passes.model import (
     split_model,
 )
 from opd.config.settings import Config
-from opd.models.forward import log_probabilities
-from opd.models.lm_head import two_stage_topk
-from opd.objectives.support import JOINT_SUPPORTS
-
-STATISTICS_BLOCK = 1 << 17
-"""Numbers of a block of `compute_distribution_stats` on a CPU."""
+from opd.models.forward import product_logp
+from opd.models.lm_head import block_slices, cached_elements, chunk_elements, chunk_slices
+from opd.objectives.requirements import Requirements
+from opd.scoring.score import ScoreRequest, full_columns
 
 
 @torch.no_grad()
@@ -57,10 +56,13 @@ def count_score_chunk(
     vocabulary: int,
     num_tokens: int,
     config: Config,
-    support: str,
+    needs: Requirements,
     machine: Machine,
 ) -> Counts:
     """Count what scoring does with the logits of one chunk of tokens.
+
+    The products of a chunk exist at once; the rest is done in blocks, as in
+    `opd.scoring.score.score_batch`.
 
     Args:
         student: The student.
@@ -68,39 +70,36 @@ def count_score_chunk(
         vocabulary: V.
         num_tokens: N of the pass.
         config: Settings.
-        support: Whose top-K is the support (`Requirements.support`).
+        needs: What the loss reads.
         machine: Machine whose time is counted.
 
     Returns:
         The counts of one chunk, scaled to all chunks of the pass.
     """
-    model, k = split_model(student, vocabulary), config.objective.support_k
-    size = min(num_tokens, max(1, config.hardware.max_logits_per_chunk // vocabulary))
-    tokens = torch.zeros(size, dtype=torch.long, device="meta")
-    blocks = 1.0
+    device, temperature = torch.device(machine.kind), config.rollout.temperature
+    max_elements = chunk_elements(config.hardware.max_logits_per_chunk, vocabulary, device)
+    chunk = chunk_slices(num_tokens, vocabulary, max_elements)[0]
+    blocks = block_slices(chunk, vocabulary, cached_elements(device))
+    request = ScoreRequest(requirements=needs, temperature=temperature)
+    networks = [student] if teacher is None else [student, teacher]
+    models = [split_model(network, vocabulary) for network in networks]
+    states = [make_states(*pair, chunk.stop) for pair in zip(models, networks, strict=True)]
     with OperationCounter(machine) as counter:
-        p = log_probabilities(model, make_states(model, student, size), config.rollout.temperature)
-        p.gather(-1, tokens[:, None])
-        if teacher is not None:
-            teacher_model = split_model(teacher, vocabulary)
-            states = make_states(teacher_model, teacher, size)
-            q = log_probabilities(teacher_model, states, config.rollout.temperature)
-            sources = {"student": (p,), "teacher": (q,)}.get(
-                support, (q, p) if support in JOINT_SUPPORTS else (q,)
-            )
-            for logp in sources:
-                ids = two_stage_topk(logp, k)[1]
-                p.gather(-1, ids), q.gather(-1, ids)
+        products = [m.head.products(x) for m, x in zip(models, states, strict=True)]
+        before_block, block = counter.counts(), blocks[0]
+        tokens = torch.zeros(block.stop, dtype=torch.long, device="meta")
+        logp = [
+            product_logp(model.head, z[block], temperature)
+            for model, z in zip(models, products, strict=True)
+        ]
+        if teacher is None:
+            logp[0].gather(-1, tokens[:, None])
+        else:
+            full_columns(logp[0], logp[1], tokens, request)
     counts = counter.counts()
-    if teacher is not None:
-        block = size if machine.kind == "cuda" else max(1, STATISTICS_BLOCK // vocabulary)
-        block = min(block, size)
-        blocks = size / block
-        with OperationCounter(machine) as counter:
-            compute_distribution_stats(p[:block], q[:block], tokens[:block])
-        statistics = counter.counts()
-        kept_bytes = float(p.nbytes + q.nbytes)
-        peak = max(counts.peak, kept_bytes + statistics.peak)
-        sums = counts.then(statistics.scaled(blocks))
-        counts = Counts(sums.flops, sums.moved_bytes, sums.operations, sums.seconds, peak)
-    return counts.scaled(num_tokens / size)
+    sums = {
+        name: getattr(before_block, name)
+        + chunk.stop / block.stop * (getattr(counts, name) - getattr(before_block, name))
+        for name in SUMS
+    }
+    return replace(counts, **sums, kept_bytes=0.0).scaled(num_tokens / chunk.stop)

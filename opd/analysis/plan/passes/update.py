@@ -22,7 +22,9 @@ from opd.analysis.plan.passes.model import (
 )
 from opd.config.settings import Config
 from opd.models.contexts import activation_checkpointing
+from opd.models.lm_head import chunk_elements
 from opd.models.model import CausalLM
+from opd.models.planned_device import planned_device
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
@@ -86,7 +88,8 @@ def _count_update(
     model, needs = split_model(student, vocabulary), objective.requirements
     teacher_model = None if teacher is None else split_model(teacher, vocabulary)
     is_gathered = not needs.normalised and needs.support not in ("none", "full")
-    chunk = max(1, config.hardware.max_logits_per_chunk // vocabulary)
+    max_elements, device = config.hardware.max_logits_per_chunk, torch.device(machine.kind)
+    chunk = max(1, chunk_elements(max_elements, vocabulary, device) // vocabulary)
     num_tokens = rows.tokens
     num_counted = num_tokens
     if not is_gathered and objective.user_loss is None:
@@ -100,7 +103,7 @@ def _count_update(
         for weight, master in zip(optimizer.model_weights, optimizer.master_weights, strict=True)
         if not has_gradients
     ]
-    with counter:
+    with counter, planned_device(machine.kind):
         if has_gradients:
             for master in optimizer.master_weights:
                 master.grad = torch.zeros_like(master)

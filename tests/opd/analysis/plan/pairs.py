@@ -65,6 +65,7 @@ MACHINE = Machine(
     flops_share=0.5,
     bandwidth_share=0.5,
     seconds_per_operation=1e-6,
+    seconds_per_backward_operation=1e-6,
     seconds_per_token=0.0,
     fixed_reserve=0.0,
     fragmentation=0.0,
@@ -72,11 +73,12 @@ MACHINE = Machine(
 """A machine of round numbers."""
 
 
-def real_network(name: str, attention: str | None = None) -> Any:
-    """Return a random network of MODELS in memory, in evaluation mode."""
+def real_network(name: str, attention: str | None = None, **sizes: Any) -> Any:
+    """Return a random network of MODELS in memory, with other sizes, in evaluation mode."""
+    config = type(MODELS[name])(**MODELS[name].to_dict() | sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.float().eval()
 
 

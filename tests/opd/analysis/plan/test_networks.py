@@ -1,10 +1,12 @@
 """Networks without numbers against real ones, published sizes, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Mamba2Config, MambaConfig
 
 from diagnostics.errors import InvalidInput, MissingFile
 from opd.analysis.plan.networks import (
@@ -16,8 +18,9 @@ from opd.analysis.plan.networks import (
     read_model_config,
     with_layers,
 )
+from opd.analysis.plan.plan import make_plan
 from opd.models.lora import add_lora
-from tests.opd.analysis.plan.pairs import MODELS, real_network, saved, settings
+from tests.opd.analysis.plan.pairs import MACHINE, MODELS, real_network, saved, settings
 
 PUBLISHED = {
     "qwen2.5-0.5b": 494_032_768,
@@ -100,3 +103,28 @@ def test_models_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(InvalidInput, match="is no causal language model"):
         make_network(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1), "without any"),
+        (
+            Mamba2Config(
+                vocab_size=64,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_heads=4,
+                head_dim=8,
+                n_groups=1,
+            ),
+            "recurrent state",
+        ),
+    ],
+)
+def test_a_model_whose_code_cannot_run_without_numbers_is_named(
+    config: Any, reason: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InvalidInput, match=rf"Mamba\S* cannot be planned.*{reason}"):
+        make_plan(settings(str(tmp_path), str(tmp_path), support_k=4), MACHINE)
