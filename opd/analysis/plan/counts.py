@@ -129,6 +129,7 @@ class OperationCounter(TorchDispatchMode):
         self._bytes_by_storage: dict[int, int] = {}
         self._traffic = 0.0
         self._touched: dict[int, float] = {}
+        self._outside: dict[int, int] = {}
 
     def counts(self) -> Counts:
         """Return the counts so far."""
@@ -168,8 +169,11 @@ class OperationCounter(TorchDispatchMode):
         """Run an operation and count it."""
         kwargs = kwargs or {}
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        for x in inputs:
-            self._track(x, 0)  # made outside of the block
+        for x in inputs:  # those that are unknown were made outside of the block
+            key = id(x.untyped_storage())
+            if key not in self._bytes_by_storage:
+                self._outside[key] = x.untyped_storage().nbytes()
+            self._track(x, 0)
         out = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for x in outputs:
@@ -212,8 +216,15 @@ class OperationCounter(TorchDispatchMode):
             self._touched[id(x.untyped_storage())] = self._traffic
 
     def is_cached(self, x: Tensor) -> bool:
-        """Return whether little was read and written since a tensor was last used."""
-        touched = self._touched.get(id(x.untyped_storage()))
+        """Return whether a tensor is in the cache: little was read and written since its last use.
+
+        Weights are not, unless all of them fit: few layers are counted for many, which would read
+        more between two uses of a weight.
+        """
+        key = id(x.untyped_storage())
+        if key in self._outside and sum(self._outside.values()) > self.machine.cache_bytes:
+            return False
+        touched = self._touched.get(key)
         return touched is not None and self._traffic - touched < self.machine.cache_bytes
 
     def _track(self, x: Tensor, num_bytes: int) -> None:
@@ -230,6 +241,7 @@ class OperationCounter(TorchDispatchMode):
     def _free(self, key: int) -> None:
         self.live -= self._bytes_by_storage.pop(key)
         self._touched.pop(key, None)
+        self._outside.pop(key, None)
 
 
 def stored_bytes(x: Tensor) -> int:

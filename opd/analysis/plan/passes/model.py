@@ -87,7 +87,7 @@ def run_network(network: Any, **inputs: Any) -> Any:
 
     Args:
         network: A network of transformers, or its decoder.
-        inputs: Its arguments.
+        **inputs: Its arguments.
 
     Returns:
         Its outputs.

@@ -56,12 +56,16 @@ def test_made_up_numbers_suit_lookups_bags_sorts_and_writes() -> None:
 
 
 def test_an_operand_leaves_the_cache_after_other_traffic() -> None:
-    weight, x = torch.zeros(10, device="meta"), torch.zeros(10, device="meta")
+    weight, x, large = (torch.zeros(size, device="meta") for size in ((10,), (10,), (10, 30)))
     with OperationCounter(replace(MACHINE, cache_bytes=1000.0)) as counter:
         y = x + 1
         assert [counter.is_cached(z) for z in (weight, x, y)] == [False, True, True]
         torch.zeros(500, device="meta").add_(1)
         assert [counter.is_cached(z) for z in (weight, x, y)] == [False, False, False]
+        (weight + x) * torch.zeros(10, device="meta")
+        assert [counter.is_cached(z) for z in (weight, x)] == [True, True]
+        (y @ large)[:10] + y
+        assert [counter.is_cached(z) for z in (weight, y)] == [False, True], "more than fits"
 
 
 def test_python_starts_forward_passes_and_recomputation_and_autograd_the_rest() -> None:
