@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -113,10 +114,11 @@ def start_seconds(machine: Machine, seconds: float) -> tuple[float, float]:
 
 
 def _seconds_of(operation: Callable[[], object], seconds: float) -> float:
-    """Return the CPU seconds of an operation and thread, repeated for some time."""
+    """Return the median CPU seconds of an operation and thread, repeated for some CPU time."""
     operation()
-    count, start, cpu_start = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - start < seconds or not count:
+    samples, end = list[float](), time.process_time() + seconds
+    while time.process_time() < end or not samples:
+        begin = time.process_time()
         operation()
-        count += 1
-    return (time.process_time() - cpu_start) / count / torch.get_num_threads()
+        samples.append(time.process_time() - begin)
+    return median(samples) / torch.get_num_threads()
