@@ -131,11 +131,14 @@ def test_the_command_measures_all_and_compares_it(
         assert saved["ids"][0] == solution[saved["position"]] != saved["ids"][1]
         assert tuple(saved["responses"]) == record.texts
         assert tuple(saved["correct"]) == record.correct
+    other_rights = {"other/outcomes": saved_result["other/outcomes"].replace("0", "1")}
+    out.write_text(
+        json.dumps(saved_result | other_rights)
+    )  # everything was solved and is forgotten
     command.main([*options, "--against", str(out), "--eval-top-p", "0.9"])
     repeated_result = json.loads(capsys.readouterr().out)
     assert "against/settings" not in repeated_result
-    for name in ("gain", "other/gain"):
-        assert repeated_result[f"against/{name}"] == 0
+    assert (repeated_result["against/gain"], repeated_result["against/other/gain"]) == (0, -1)
     for name in ("calibration/over_confidence", "recovery/loss"):
         assert repeated_result[f"against/{name}/change"] == 0
         assert repeated_result[f"against/{name}/low"] < 0 < repeated_result[f"against/{name}/high"]

@@ -6,7 +6,7 @@ import torch
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
 from opd.models.model import CausalLM, split_head
-from opd.rollouts.decoding import can_select_rows
+from opd.rollouts.decoding import can_select_rows, prefill
 from opd.rollouts.hf_engine import sample
 from tests.helpers.architectures import ARCHITECTURES, random_network
 from tests.opd.rollouts.reference_sampling import (
@@ -40,6 +40,20 @@ def test_every_architecture_samples_from_its_forward_pass(name: str) -> None:
     batch = sample_all(model, prompts)
     assert len(set(batch.mask.sum(1).tolist())) > 2
     assert_matches_forward_pass(batch, model.network, prompts, model.vocabulary, TOP_P)
+
+
+def test_equal_prompts_in_any_order_share_their_prefill() -> None:
+    """Each row has the logits of its own prompt, alone and without padding."""
+    network = random_network("Llama")
+    distinct = [[9, 4, 7], [3, 8], [5, 4, 7]]
+    rows = [distinct[i] for i in (0, 2, 1, 0, 2)]
+    prompts = Prompts.from_ids(rows, torch.arange(5))
+    with torch.no_grad():
+        logits, cache = prefill(network, prompts.tokens, prompts.mask)
+        for row, ids in enumerate(rows):
+            expected = network(input_ids=torch.tensor([ids])).logits[0, -1]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+    assert len(cache.layers[0].keys) == 5
 
 
 def test_ended_rows_leave_the_batch_and_prompts_are_run_once() -> None:

@@ -11,7 +11,13 @@ from transformers import StaticCache
 from opd.data.prompts import Prompts
 from opd.models.model import CausalLM, split_head
 from opd.rollouts.hf_engine import sample
-from opd.rollouts.static_cache import relative_difference, static_cache_problem
+from opd.rollouts.static_cache import (
+    NUM_TOKENS,
+    PROMPT_LENGTH,
+    probe_length,
+    relative_difference,
+    static_cache_problem,
+)
 from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,
     assert_matches_forward_pass,
@@ -104,6 +110,37 @@ def test_models_that_cannot_fall_back_with_one_warning(
         assert_same(rollouts(student, "static"), batch)
 
 
+@pytest.mark.parametrize(
+    ("changes", "crosses"),
+    [
+        ({"sliding_window": 40}, 40),
+        ({"sliding_window": 8}, None),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 10_000}, None),
+        ({"sliding_window": 60, "max_position_embeddings": 50}, None),
+        ({"sliding_window": None, "max_position_embeddings": 20}, None),
+        ({"sliding_window": None, "max_position_embeddings": 4}, None),
+    ],
+)
+def test_the_compared_tokens_cross_the_window_and_fit_the_context(
+    changes: dict, crosses: int | None
+) -> None:
+    student = model("Mistral", **changes)
+    length, longest = probe_length(student.network), student.network.config.max_position_embeddings
+    assert length >= 1
+    assert length + NUM_TOKENS <= max(longest, 1 + NUM_TOKENS)
+    if crosses is not None:
+        assert length < crosses < length + NUM_TOKENS
+    elif longest == 128:
+        assert length == PROMPT_LENGTH
+
+
+def test_logits_that_are_no_numbers_do_not_agree() -> None:
+    student = model("Qwen2")
+    student.head.weight.data.fill_(torch.nan)
+    assert "its logits differ" in str(static_cache_problem(student))
+
+
 def with_hook(student: CausalLM, change: Any) -> CausalLM:
     """Let `change` edit the decoder's keyword arguments where its cache is static."""
 
@@ -123,7 +160,11 @@ def test_wrong_numbers_are_found_without_an_error() -> None:
         keywords["attention_mask"] = None
 
     student = with_hook(model("Qwen2"), attend_to_padding)
-    assert relative_difference(student) > 0.05
+    difference = relative_difference(student)
+    assert difference > 0.05
+    flat = with_hook(model("Qwen2"), attend_to_padding)
+    flat.head.weight.data /= 128  # the same difference, relative to flatter logits
+    assert relative_difference(flat) == pytest.approx(difference, rel=1e-3)
     with pytest.warns(UserWarning, match="its logits differ from those with the dynamic cache"):
         batch = rollouts(student, "static")
     assert_same(batch, rollouts(student, "dynamic"))
