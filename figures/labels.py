@@ -66,6 +66,27 @@ METRICS = {
 }
 """Printed name of each metric that a figure shows."""
 
+REGIMES = {
+    "density-0": "no foreign tag",
+    "density-0.1": "a tag in 10 responses",
+    "density-0.3": "a tag in 3 responses",
+    "density-1": "a tag a response",
+    "density-2": "two tags",
+    "density-4": "four tags",
+    "strength-2": "foreign tags at -2 nats",
+    "strength-6": "foreign tags at -6 nats",
+    "strength-20": "foreign tags at -20 nats",
+    "ends-1": "another end token",
+    "weakness-short": "student saw short problems",
+    "weakness-small": "student too small",
+    "teacher-errors": "teacher errs",
+    "teacher-terse": "teacher is terse",
+    "loops-both": "repeated steps",
+    "budget-hit": "limit that is reached",
+    "length-160": "longer responses",
+    "vocabulary-4096": "vocabulary 4,096",
+}
+"""Printed name of regimes of `opd map`."""
 PAIRS = {"lab": "lab pair", "smollm": "SmolLM2 pair"}
 """Printed name of each pair of models that a figure compares."""
 
@@ -78,6 +99,11 @@ def method_label(name: str) -> str:
 def metric_label(name: str) -> str:
     """Return the printed name of a metric."""
     return METRICS.get(name, name)
+
+
+def regime_label(name: str) -> str:
+    """Return the printed name of a regime of the map."""
+    return REGIMES.get(name, name)
 
 
 def pair_label(name: str) -> str:

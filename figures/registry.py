@@ -26,7 +26,9 @@ PAPER_FIGURES = (
     *("comparison", "agents"),
 )
 """Figures that correspond to figures and tables of the paper."""
-MAP_FIGURES = ("dose", "mask_gain", "regime_curves", "regime_map", "support_variants")
+MAP_FIGURES = (
+    *("dose", "mask_gain", "regime_curves", "regime_gains", "regime_map", "support_variants"),
+)
 """Figures of the map of methods, which share a table."""
 RUN_FIGURES = (
     *PAPER_FIGURES[1:],

@@ -15,10 +15,7 @@ from figures.claims.measures import (
     verdict_equal,
     verdict_positive,
 )
-from figures.collect.regimes import paired_gains
-
-MIN_PAIRS = 5
-"""Pairs of models that a regime needs to decide a claim."""
+from figures.collect.regimes import MIN_PAIRS, paired_gains
 
 
 def higher_gain(

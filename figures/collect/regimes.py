@@ -19,6 +19,8 @@ from diagnostics.stats import gain_interval, round_significant
 from figures.collect.matched import MATCHED_COLUMNS, collapsed_seeds, matched_table
 from figures.collect.paired import last_evaluations, outcome_matrix
 
+MIN_PAIRS = 5
+"""Pairs of models that a regime needs for a claim."""
 PAIR_KNOBS = ("foreign_tags", "tag_log_probability")
 """Knobs of a pair that its columns repeat."""
 PAIR_MEASUREMENTS = ("foreign_share", "foreign_gap", "reverse_kl", "teacher_accuracy")

@@ -17,7 +17,14 @@ from figures.collect.regimes import (
     regimes_table,
     summarize_regimes,
 )
-from figures.regimes import dose, mask_gain, regime_curves, regime_map, support_variants
+from figures.regimes import (
+    dose,
+    mask_gain,
+    regime_curves,
+    regime_gains,
+    regime_map,
+    support_variants,
+)
 from tests.helpers.records.written_runs import write_run
 
 SHARES = {"density-0": 0.0, "density-1": 0.02, "density-8": 0.15}
@@ -123,6 +130,28 @@ def test_the_worth_of_a_mask_and_of_variants(table: pd.DataFrame) -> None:
         variants = support_variants.draw(table).axes[0]
     (container,) = variants.containers
     assert container.lines[0].get_ydata().tolist() == [pytest.approx(-0.5)]
+
+
+def test_gains_are_drawn_where_a_regime_has_five_pairs(table: pd.DataFrame) -> None:
+    second = table[(table["group"] == "density-8") & (table["seed"] == 1)]
+    copies = [second.assign(seed=seed) for seed in (2, 3, 4)]
+    other = pd.concat([second, *copies, second.assign(seed=0)]).assign(
+        group="teacher-terse", family="teacher", teacher_accuracy=0.2
+    )
+    with style.style_context():
+        ax = regime_gains.draw(pd.concat([table, *copies, other])).axes[0]
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names == ["density-8", "teacher is terse"], "regimes of the density come first"
+    sampled = ax.containers[2]
+    # pair 0 loses both of its two solved problems of four, the others one of two
+    assert sampled.lines[0].get_xdata().tolist() == pytest.approx([-0.3, -0.25])
+    assert sampled.get_label() == "sampled token"
+    leads = [bar.get_width() for group in ax.containers[:2] for bar in group]
+    assert leads == pytest.approx([0.9 - 0.5, 0.2 - 0.5])
+    separators = [line for line in ax.lines if list(line.get_ydata()) == [-0.5, -0.5]]
+    assert len(separators) == 1, "a line below the last regime of the density"
+    with style.style_context(), pytest.raises(InvalidInput, match="at least 5 pairs"):
+        regime_gains.draw(table)
 
 
 def test_the_map_shows_every_regime_with_foreign_tokens(table: pd.DataFrame) -> None:

@@ -36,6 +36,30 @@ REGIMES = (
         higher_gain("sampled_reward", "sampled"),
     ),
     Claim(
+        "On-policy distillation by the sampled token beats SFT on the teacher's responses",
+        "2306.13649",
+        "regime_gains",
+        higher_gain("sampled", "sft"),
+    ),
+    Claim(
+        "Masked local support beats SFT on the teacher's responses",
+        "2306.13649",
+        "regime_gains",
+        higher_gain("lsm_mask", "sft"),
+    ),
+    Claim(
+        "The full reverse KL beats SFT on the teacher's responses",
+        "2306.13649",
+        "regime_gains",
+        higher_gain("full_kl", "sft"),
+    ),
+    Claim(
+        "Masked local support beats the sampled token without a mask (our question)",
+        "",
+        "regime_gains",
+        higher_gain("lsm_mask", "sampled"),
+    ),
+    Claim(
         "Local support beats SFT on the teacher's responses at equal responses",
         "2306.13649",
         "dose",
