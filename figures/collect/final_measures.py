@@ -32,6 +32,8 @@ MEASURES = {
     "other_gain": ("against/other/gain", "against/other/"),
 }
 """Column to the name of a measure (docs/evaluation.md), and what precedes low and high of it."""
+SHARES = frozenset({"accuracy", "unperturbed", "perturbed", "other_accuracy", "brier", "ece"})
+"""Measures between 0 and 1, to which their intervals are limited."""
 COSTS = {
     "response_tokens": "cost/response_tokens",
     "student_tokens": "cost/student_tokens",
@@ -124,18 +126,23 @@ def summarize_measures(table: pd.DataFrame) -> pd.DataFrame:
         for name in MEASURES:
             defined = rows[rows[name].notna()]
             ends = [defined[f"{name}_{end}"].to_numpy(float) for end in ("low", "high")]
-            record |= interval_columns(name, defined[name].to_numpy(float), *ends)
+            limits = (0.0, 1.0) if name in SHARES else (-np.inf, np.inf)
+            record |= interval_columns(name, defined[name].to_numpy(float), *ends, limits)
             record[f"{name}_pairs"] = len(defined)
         for name in COSTS:
             values = rows[name].dropna().to_numpy(float)
             ends = [values if len(values) > 1 else np.full(len(values), np.nan)] * 2
-            record |= interval_columns(name, values, *ends)
+            record |= interval_columns(name, values, *ends, (0.0, np.inf))
         records.append(record)
     return pd.DataFrame(records)
 
 
 def interval_columns(
-    name: str, values: np.ndarray, lows: np.ndarray, highs: np.ndarray
+    name: str,
+    values: np.ndarray,
+    lows: np.ndarray,
+    highs: np.ndarray,
+    limits: tuple[float, float],
 ) -> dict[str, float]:
     """Return the mean of a measure over pairs with its interval; NaN where no pair has it.
 
@@ -144,10 +151,12 @@ def interval_columns(
         values: (N,) values.
         lows: (N,) lower ends of their intervals over problems.
         highs: (N,) upper ends.
+        limits: Smallest and largest value that the measure can have.
 
     Returns:
         NAME, NAME_low and NAME_high.
     """
     ends = runs_interval(values, lows, highs) if len(values) else (np.nan, np.nan)
+    ends = tuple(np.clip(ends, *limits))
     value = float(values.mean()) if len(values) else np.nan
     return dict(zip((name, f"{name}_low", f"{name}_high"), (value, *ends), strict=True))
