@@ -115,6 +115,7 @@ def test_two_clipped_updates_are_the_dense_ones(
         mask_scope=scope,
         ratio=ratio,
         top_p=1.0 if ratio == "none" else 0.9,
+        max_response=12,  # so long that the ratios of the responses differ by enough
     )
     folder = train(config).folder
     batch = load_batch(folder / "batches" / "step_000000.safetensors")

@@ -84,8 +84,8 @@ SAMPLE = {
         "acting = mdp.behaviour(student_logits, None)\n    states",
     ),
     "scored as if the student acted": (
-        "acting = mdp.behaviour(student_logits, sampler)\n    return",
-        "acting = mdp.behaviour(student_logits, None)\n    return",
+        "acting = mdp.behaviour(student_logits, sampler)\n    trajectories",
+        "acting = mdp.behaviour(student_logits, None)\n    trajectories",
     ),
     "support of the other model": ('"student": student_logits}', '"student": teacher_logits}'),
 }
