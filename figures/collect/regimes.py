@@ -180,8 +180,8 @@ def summarize_regimes(
             )
     if not records:
         raise InvalidInput(
-            f"the table has no run of {', '.join(methods)} in {', '.join(regimes)}; run folders "
-            "must be named REGIME/METHOD-SEED, as by `opd map`"
+            f"the table has no run of {', '.join(methods)} in {', '.join(regimes)}; make one with "
+            "`opd map`, whose run folders are named REGIME/METHOD-SEED"
         )
     return pd.DataFrame(records)
 

@@ -114,6 +114,8 @@ def main(argv: list[str]) -> None:
         print(write_bank(folder, cells, options.bank))
     if failure is not None:
         raise failure
+    runs = options.root / "runs"
+    print(f"{len(cells)} runs are in {runs}; draw them with `opd figures dose --run {runs}/*/*`")
 
 
 def run_cells(folder: MapFolder, cells: Sequence[Cell], options: MapOptions) -> None:

@@ -215,8 +215,19 @@ def test_a_failure_is_reported_beside_a_bank_of_what_is_finished(
     argv += ["--pairs", "1", "--jobs", "1", "--bank", str(tmp_path / "bank.csv")]
     with pytest.raises(OperationFailed, match=r"1 of 1 pairs failed, see .*logs; run the same"):
         command.main(argv)
-    assert "1 of 2 runs; it lacks density-1/sft-0, which are not" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 2 runs; it lacks density-1/sft-0, which are not" in printed
+    assert "runs are in" not in printed
     assert len((tmp_path / "bank.csv").read_text().splitlines()) == 2
+
+
+def test_a_finished_map_says_where_its_runs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_all", lambda *_: None)
+    command.main(["--root", str(tmp_path), "--preset", "small"])
+    line = f"24 runs are in {tmp_path}/runs; draw them with `opd figures dose --run {tmp_path}/runs"
+    assert capsys.readouterr().out.startswith(line)
 
 
 @pytest.mark.parametrize(
