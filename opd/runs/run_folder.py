@@ -206,9 +206,10 @@ def find_start(folder: Path, config: Config) -> Start:
     return Start(0, "", {})
 
 
-def saved_step(checkpoint: Path) -> int | None:
-    """Return the number of completed steps in a checkpoint's state.json, or None."""
-    path = checkpoint / "state.json"
+def saved_step(folder: Path) -> int | None:
+    """Return the number of completed steps in the state.json of a checkpoint or of final/, or None.
+    """
+    path = folder / "state.json"
     state = json.loads(path.read_text("utf-8")) if path.exists() else {}
     step = state.get("step")
     return step if isinstance(step, int) else None

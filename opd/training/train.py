@@ -1,5 +1,6 @@
 """Train: `train` sets up a run, and `run_step` is one step of it, in order."""
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
+from diagnostics.io.atomic import write_text
 from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row
 from diagnostics.terminal import escape_control_chars
@@ -233,7 +235,7 @@ def train(
         columns = None if config.record.logger_columns == "all" else RUN_COLUMNS
         with open_trackers(names, folder, to_flat(config), columns) as log, state.prefetcher:
             run_steps(state, log)
-        if start.step < config.steps or not (folder / "final").exists():
+        if run_folder.saved_step(folder / "final") != config.steps:  # none, or that of fewer steps
             with_adapters = gather_network(trained)
             network = merge_lora(with_adapters)
             with staged_folder(folder / "final") as partial_folder:
@@ -241,6 +243,7 @@ def train(
                     network.save_pretrained(partial_folder)
                     save_adapters(with_adapters, partial_folder / "adapter", config.student)
                     tokenizer.save_pretrained(partial_folder)
+                    write_text(partial_folder / "state.json", json.dumps({"step": config.steps}))
                     (partial_folder / "README.md").write_text(model_card(folder, to_flat(config)))
     return TrainResult(folder, trained)
 

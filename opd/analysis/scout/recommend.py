@@ -22,6 +22,7 @@ from opd.analysis.scout.forecast import (
     forecast_gain,
 )
 from opd.analysis.scout.measure import PairMeasurements
+from opd.analysis.scout.scores import method_averages
 from opd.analysis.scout.special_tokens import RuleShare
 from opd.analysis.scout.validation import Interval, Verdict, judge
 
@@ -43,7 +44,7 @@ class MethodForecast:
 
     method: str
     average_gain: float
-    """Mean gain of the method's runs in the bank."""
+    """Gain of the method on an average pair of the bank (`scores.method_averages`)."""
     gain: Interval | None
     """Forecast gain with its interval; None if gains are not forecast."""
     collapse: Interval | None
@@ -173,10 +174,11 @@ def forecast_methods(
     collapses = np.stack(forecast_collapse(fitted.collapse, queries, names), 1)
     has_gain = is_inside and not fitted.verdict.gain_doubts
     has_collapse = is_inside and not fitted.verdict.collapse_doubts
+    averages = method_averages(bank.gain, bank.method, bank.pair)
     forecasts = [
         MethodForecast(
             method=str(name),
-            average_gain=float(bank.gain[bank.method == name].mean()),
+            average_gain=averages[str(name)],
             gain=_interval(gains[i]) if has_gain else None,
             collapse=_interval(collapses[i]) if has_collapse else None,
         )

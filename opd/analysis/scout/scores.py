@@ -105,3 +105,29 @@ def auroc(score: Array, positive: Array, weights: Array) -> Array:
     rank_sum = (positive_copies * average_ranks(score[known_score], copies)).sum(1)
     num_ordered = rank_sum - num_positive * (num_positive + 1) / 2
     return np.divide(num_ordered, num_pairs, out=np.full(len(weights), np.nan), where=num_pairs > 0)
+
+
+def method_averages(gain: Array, method: Array, pair: Array) -> dict[str, float]:
+    """Return the gain of each method on an average pair, by least squares on method and pair.
+
+    Methods were not run on the same pairs: one that was run only where all do well would have the
+    highest plain mean. With gain = a[method] + b[pair] + noise, this is a[method] plus the mean of b
+    over pairs; where every method was run on every pair, it is the plain mean.
+
+    Args:
+        gain: (n,) gains.
+        method: (n,) methods.
+        pair: (n,) pairs.
+
+    Returns:
+        Method to average.
+    """
+    methods, method_index = np.unique(method, return_inverse=True)
+    pairs, pair_index = np.unique(pair, return_inverse=True)
+    design = np.zeros((len(gain), len(methods) + len(pairs)))
+    rows = np.arange(len(gain))
+    design[rows, method_index] = 1.0
+    design[rows, len(methods) + pair_index] = 1.0
+    effects = np.linalg.lstsq(design, gain, rcond=None)[0]
+    averages = effects[: len(methods)] + effects[len(methods) :].mean()
+    return {str(name): float(average) for name, average in zip(methods, averages, strict=True)}

@@ -23,7 +23,7 @@ from opd.analysis.scout.forecast import (
     forecast_collapse,
     forecast_gain,
 )
-from opd.analysis.scout.scores import auroc, spearman_within
+from opd.analysis.scout.scores import auroc, method_averages, spearman_within
 
 FORECAST = "forecast"
 AUROC_LEAD = "auroc lead"
@@ -50,7 +50,7 @@ class LeftOutForecasts:
     that leave a run out are lower for the runs that gained more, which would pass for the opposite
     of skill."""
     method_average: Array
-    """Mean gain of the method's other runs, of all other runs where it has none."""
+    """Gain of the method on an average other pair; mean of all other runs where it has none."""
     collapse: Array
     """Probability."""
 
@@ -114,10 +114,9 @@ def leave_out(bank: Bank, unit: str) -> LeftOutForecasts:
         columns["collapse"][rows] = forecast_collapse(
             fit_collapse(others), query.features, query.method
         )[0]
-        for row in rows:
-            same_method = others.method == bank.method[row]
-            average = others.gain[same_method] if same_method.any() else others.gain
-            columns["method_average"][row] = average.mean()
+        averages = method_averages(others.gain, others.method, others.pair)
+        unknown = float(others.gain.mean())
+        columns["method_average"][rows] = [averages.get(str(x), unknown) for x in query.method]
     return LeftOutForecasts(**columns)
 
 

@@ -159,6 +159,22 @@ def six_steps(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(settings(tiny_pair, folder, steps=6, save_every=1)).folder
 
 
+def test_a_continued_run_that_ends_before_its_last_model_is_saved_saves_it_later(
+    tiny_pair, tmp_path: Path
+) -> None:
+    """Killed between the last checkpoint and final/, it still has the model of fewer steps."""
+    config = settings(tiny_pair, tmp_path / "run", steps=1, save_every=1)
+    final = train(config).folder / "final"
+    shutil.copytree(final, tmp_path / "earlier")
+    train(with_settings(config, steps=2))
+    expected = (final / "model.safetensors").read_bytes()
+    shutil.rmtree(final)
+    shutil.copytree(tmp_path / "earlier", final)
+    assert (final / "model.safetensors").read_bytes() != expected
+    train(with_settings(config, steps=2))
+    assert (final / "model.safetensors").read_bytes() == expected
+
+
 @pytest.mark.parametrize("limit", [2_000, 60_000, 200_000])
 def test_a_full_disk_is_named_and_loses_nothing(
     tiny_pair, six_steps: Path, tmp_path: Path, limit: int

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opd.analysis.scout.scores import auroc, average_ranks, spearman, spearman_within
+from opd.analysis.scout.scores import (
+    auroc,
+    average_ranks,
+    method_averages,
+    spearman,
+    spearman_within,
+)
 
 
 def once(n: int) -> np.ndarray:
@@ -87,3 +93,21 @@ def test_scores_of_weighted_runs_are_those_of_their_copies() -> None:
         assert rho == pytest.approx(np.average(parts, weights=sizes))
         num_counted.add(len(parts))
     assert len(num_counted) > 1, "the test needs methods that do not count in some resamples"
+
+
+def test_averages_of_methods_are_those_of_an_average_pair() -> None:
+    """Additive gains with cells that are missing: the plain means have the other order."""
+    effect_of_method, effect_of_pair = {"a": 0.3, "b": 0.1, "c": 0.2}, [0.4, -0.3, -0.1, 0.2]
+    cells = [("a", 1), ("a", 2), ("b", 0), ("b", 3), ("b", 1), ("c", 0), ("c", 2), ("a", 1)]
+    gain = np.array([effect_of_method[m] + effect_of_pair[p] for m, p in cells])
+    method, pair = np.array([m for m, _ in cells]), np.array([p for _, p in cells])
+    assert gain[method == "a"].mean() < gain[method == "b"].mean()
+    expected = {m: e + sum(effect_of_pair) / 4 for m, e in effect_of_method.items()}
+    assert method_averages(gain, method, pair) == pytest.approx(expected)
+
+
+def test_averages_of_methods_on_the_same_pairs_are_means() -> None:
+    gain = np.random.default_rng(0).normal(size=12)
+    method, pair = np.repeat(["a", "b", "c"], 4), np.tile(np.arange(4), 3)
+    expected = {m: gain[method == m].mean() for m in "abc"}
+    assert method_averages(gain, method, pair) == pytest.approx(expected)
