@@ -153,8 +153,7 @@ def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
     two = with_settings(config, out=str(tmp_path / "two"), sharding="full")
     train(config)
     with two_ranks(tmp_path, [two]) as process:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+        assert process.wait(timeout=600) == 0, process.stdout + process.stderr
     for actual_row, expected_row in zip(
         rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True
     ):
