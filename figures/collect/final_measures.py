@@ -125,14 +125,16 @@ def summarize_measures(table: pd.DataFrame) -> pd.DataFrame:
         record |= {name: rows[name].mean() for name in (*PAIR_KNOBS, *PAIR_MEASUREMENTS)}
         for name in MEASURES:
             defined = rows[rows[name].notna()]
-            ends = [defined[f"{name}_{end}"].to_numpy(float) for end in ("low", "high")]
+            values, lows, highs = (
+                defined[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high")
+            )
             limits = (0.0, 1.0) if name in SHARES else (-np.inf, np.inf)
-            record |= interval_columns(name, defined[name].to_numpy(float), *ends, limits)
+            record |= interval_columns(name, values, lows, highs, limits)
             record[f"{name}_pairs"] = len(defined)
         for name in COSTS:
             values = rows[name].dropna().to_numpy(float)
-            ends = [values if len(values) > 1 else np.full(len(values), np.nan)] * 2
-            record |= interval_columns(name, values, *ends, (0.0, np.inf))
+            ends = values if len(values) > 1 else np.full(len(values), np.nan)
+            record |= interval_columns(name, values, ends, ends, (0.0, np.inf))
         records.append(record)
     return pd.DataFrame(records)
 

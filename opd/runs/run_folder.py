@@ -207,8 +207,7 @@ def find_start(folder: Path, config: Config) -> Start:
 
 
 def saved_step(folder: Path) -> int | None:
-    """Return the number of completed steps in the state.json of a checkpoint or of final/, or None.
-    """
+    """Return the number of completed steps in state.json of a checkpoint or of final/, or None."""
     path = folder / "state.json"
     state = json.loads(path.read_text("utf-8")) if path.exists() else {}
     step = state.get("step")

@@ -111,8 +111,8 @@ def method_averages(gain: Array, method: Array, pair: Array) -> dict[str, float]
     """Return the gain of each method on an average pair, by least squares on method and pair.
 
     Methods were not run on the same pairs: one that was run only where all do well would have the
-    highest plain mean. With gain = a[method] + b[pair] + noise, this is a[method] plus the mean of b
-    over pairs; where every method was run on every pair, it is the plain mean.
+    highest plain mean. With gain = a[method] + b[pair] + noise, this is a[method] plus the mean of
+    b over pairs; where every method was run on every pair, it is the plain mean.
 
     Args:
         gain: (n,) gains.
