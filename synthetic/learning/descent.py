@@ -33,7 +33,7 @@ def sgd(rates: Tensor) -> Optimizer:
 
 
 def adam(rates: Tensor, size: int) -> Optimizer:
-    """Return Adam's update, elementwise, so that runs do not interact; betas 0.9 and 0.999.
+    """Return Adam's update, elementwise, so that runs do not interact.
 
     Args:
         rates: (R,) learning rate of each run.
@@ -42,19 +42,15 @@ def adam(rates: Tensor, size: int) -> Optimizer:
     Returns:
         The optimizer.
     """
-    # written out, since torch's optimizers import its compiler, which takes longer than a cell
-    first, second = 0.9, 0.999
-    mean, square = (torch.zeros(len(rates), size, dtype=torch.float64) for _ in range(2))
-    num_steps = 0
+    change = torch.zeros(len(rates), size, dtype=torch.float64, requires_grad=True)
+    unit_rate_adam = torch.optim.Adam([change], lr=1.0)
 
     def step(gradient: Tensor) -> Tensor:
-        nonlocal num_steps
-        num_steps += 1
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        deviation = (square.sqrt() / (1 - second**num_steps) ** 0.5).add_(1e-8)
-        change = torch.zeros_like(mean)
-        return rates[:, None] * change.addcdiv_(mean, deviation, value=-1 / (1 - first**num_steps))
+        with torch.no_grad():
+            change.zero_()
+        change.grad = gradient.clone()
+        unit_rate_adam.step()
+        return rates[:, None] * change.detach()
 
     return step
 
@@ -98,9 +94,7 @@ def sampled_gradient(
         trajectories = with_statistics(trajectories, *(x.log_softmax(-1) for x in tables))
     denominators = torch.full((len(trajectories.batch),), float(batch), dtype=torch.float64)
     gradient = batch_gradient(trajectories, tables[0], objective, denominators)
-    # a scalar, since torch imports a package for symbols where it is given a gradient
-    linear = (logits * gradient.view_as(logits)).sum()
-    return torch.autograd.grad(linear, live_parameters)[0]
+    return torch.autograd.grad(logits, live_parameters, gradient.view_as(logits))[0]
 
 
 def sample_for_students(

@@ -62,17 +62,16 @@ class OperationTimes:
         cached = [isinstance(x, Tensor) and is_cached(x) for x in leaves]
         key = (func, tuple(call[1]), *map(_describe, leaves, cached))
         if key not in self._seconds:
-            try:
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay the same
+                torch.manual_seed(0)
                 self._seconds[key] = self._measure(func, leaves, structure, cached)
-            except (RuntimeError, IndexError, NotImplementedError):
-                self._seconds[key] = None
         return self._seconds[key]
 
     @torch.no_grad()
     def _measure(
         self, func: Any, leaves: Sequence[Any], structure: TreeSpec, cached: Sequence[bool]
-    ) -> float:
-        """Return the median time of a few calls."""
+    ) -> float | None:
+        """Return the median time of a few calls; None if the operation refuses its arguments."""
         fixed: dict[int, Any] = dict(_integers(func, leaves))
         written = _is_written(func, leaves)
         for i, x in enumerate(leaves):
@@ -88,6 +87,12 @@ class OperationTimes:
             ]
             args, kwargs = tree_unflatten(real, structure)
             return args, kwargs
+
+        try:
+            args, kwargs = make_call()
+            func(*args, **kwargs)
+        except (RuntimeError, IndexError, NotImplementedError):
+            return None
 
         def sample(repeats: int) -> float:
             calls = [make_call() for _ in range(repeats)]

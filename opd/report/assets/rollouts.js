@@ -48,8 +48,14 @@ function drawList() {
   if (!shown.some((roll) => keyOf(roll) === state.key)) { state.key = shown.length ? keyOf(shown[0]) : ""; state.token = -1; }
   const none = data.runs[state.run].rollouts.length ? "No rollout matches the filters." : "The run saved no batches; train with --save-batch-every, or save dumps with diagnostics.records.token_dumps in its folder dumps/.";
   $("list").replaceChildren(...(shown.length ? shown.map(listed) : [small(none)]));
-  $("list").children[picked()]?.scrollIntoView({ block: "nearest" });
+  showInList($("list").children[picked()]);
   drawRollout();
+}
+// Scrolls the list alone: scrollIntoView also scrolls the page, which would open in its middle.
+function showInList(row) {
+  if (!row) return;
+  const list = $("list"), box = list.getBoundingClientRect(), at = row.getBoundingClientRect();
+  list.scrollTop += Math.min(0, at.top - box.top) || Math.max(0, at.bottom - box.bottom);
 }
 const picked = () => shown.findIndex((roll) => keyOf(roll) === state.key);
 function listed(roll, place) {
@@ -66,7 +72,7 @@ function pick(place) {
   state.key = keyOf(shown[at]);
   state.token = -1;
   [...$("list").children].forEach((row, i) => row.setAttribute("aria-selected", String(i === at)));
-  $("list").children[at].scrollIntoView({ block: "nearest" });
+  showInList($("list").children[at]);
   $("text").scrollTop = 0;
   drawRollout();
 }

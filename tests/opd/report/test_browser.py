@@ -248,6 +248,22 @@ def test_a_narrow_page_does_not_scroll_horizontally(
     assert problems == []
 
 
+def test_a_page_opens_at_its_top_and_the_list_follows_the_choice(
+    open_page: Any, report: dict[str, Any], tmp_path: Path
+) -> None:
+    page, _ = open_page(save_page(report, tmp_path), viewport={"width": 900, "height": 300})
+    assert page.locator("#list .row").count() > 1
+    assert page.evaluate("window.scrollY") == 0
+    page.evaluate("document.getElementById('list').style.maxHeight = '60px'")
+    last = page.locator("#list .row").last
+    last.evaluate("row => row.click()")
+    inside = """row => {
+      const list = row.parentElement.getBoundingClientRect(), at = row.getBoundingClientRect();
+      return [at.bottom <= list.bottom + 1, window.scrollY];
+    }"""
+    assert last.evaluate(inside) == [True, 0]
+
+
 def test_an_update_keeps_selection_and_scroll_position(
     open_page: Any, server: tuple[str, Path]
 ) -> None:

@@ -29,6 +29,20 @@ def test_a_larger_product_takes_longer_and_is_measured_once() -> None:
     assert product_seconds(times, 4) == small
 
 
+def test_measuring_leaves_the_random_numbers_of_the_caller() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    x = torch.zeros(64, 64, device="meta")
+    assert OperationTimes().seconds(torch.ops.aten.bernoulli.p, ((x, 0.5), {}), lambda _: False)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_an_operation_that_refuses_made_up_numbers_has_no_time() -> None:
+    a, b = torch.zeros(4, 5, device="meta"), torch.zeros(4, 5, device="meta")
+    assert OperationTimes().seconds(MM, ((a, b), {}), lambda _: True) is None
+
+
 def test_made_up_numbers_suit_lookups_bags_sorts_and_writes() -> None:
     times = OperationTimes()
 
