@@ -12,7 +12,7 @@ import pytest
 from diagnostics.records import rows
 from figures import style
 from figures.__main__ import format_json, load_figure_table, make_portable
-from figures.claims import claims, gallery, measures
+from figures.claims import claims, failure_measures, gallery, measures
 from figures.collect import paired, steps
 from figures.paper import comparison, gap, loop, scatter, segmentation
 from figures.registry import DATA, PAPER_FIGURES, commands_for_table, figure_module, table_path
@@ -321,19 +321,21 @@ def test_collapse_is_growth_of_entropy_and_a_score_that_vanishes() -> None:
         tables = step_tables({"lsm_unnormalised": {"entropy": entropy, "reward": reward}})
         table = tables["paper_steps"]
         tables["paper_steps"].loc[table["seed"] > 0, "reward"] = table["reward"]
-        assert measures.entropy_grows(tables).verdict == verdict
-        assert measures.score_vanishes(tables).verdict == verdict
+        assert failure_measures.entropy_grows(tables).verdict == verdict
+        assert failure_measures.score_vanishes(tables).verdict == verdict
     ratios = [(20 + 0.01 * s) / (1 + 0.01 * s) for s in range(5)]
     tables = step_tables({"lsm_unnormalised": {"entropy": rising, "reward": falling}})
     mean = math.exp(np.mean(np.log(ratios)))
-    assert measures.entropy_grows(tables).measurement.startswith(f"entropy grows {mean:.3g} [")
+    assert failure_measures.entropy_grows(tables).measurement.startswith(
+        f"entropy grows {mean:.3g} ["
+    )
 
 
 def test_a_loop_goes_unpunished_where_its_tokens_cost_less() -> None:
     for inside, verdict in ((0.1, measures.AGREES), (0.5, measures.DIFFERS)):
         costs = {"repeated_cost": [inside] * 20, "regular_cost": [0.3] * 20}
         tables = step_tables({"sampled": costs, "lsm": {}})
-        assert measures.repeated_tokens_cost_less(tables).verdict == verdict
+        assert failure_measures.repeated_tokens_cost_less(tables).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_the_tail_widens_where_its_interval_falls(end: float, verdict: str) -> N
         for value in [last_value if step == 20 and q == 0.01 else 5.0]
     ]
     tables = InMemoryTables(gap=pd.DataFrame(rows))
-    assert measures.gap_tail_widens("x")(tables).verdict == verdict
+    assert failure_measures.gap_tail_widens("x")(tables).verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,8 @@
 """Claims about ablations."""
 
 from figures.claims.claim import Claim
-from figures.claims.measures import (
-    entropy_grows,
-    equal_accuracy,
-    higher_accuracy,
-    score_vanishes,
-    smaller_mean,
-)
+from figures.claims.failure_measures import entropy_grows, score_vanishes
+from figures.claims.measures import equal_accuracy, higher_accuracy, smaller_mean
 from figures.claims.regime_measures import higher_gain
 
 ABLATIONS = (

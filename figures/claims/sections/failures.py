@@ -1,16 +1,15 @@
 """Claims about the failures of sampled tokens."""
 
 from figures.claims.claim import Claim
-from figures.claims.measures import (
+from figures.claims.failure_measures import (
     below_diagonal,
     gap_tail_widens,
     loop_not_penalized,
     repeated_tokens_cost_less,
     special_token_logps,
     teacher_doubt,
-    token_share,
-    verdict_positive,
 )
+from figures.claims.measures import token_share, verdict_positive
 
 FAILURES = (
     Claim("Most sampled tokens lie below the diagonal", "figure 2", "scatter", below_diagonal),
