@@ -22,9 +22,9 @@ CAPTION = (
     "random place, minus the same after a wrong digit there. Other task: change of the accuracy on "
     "sorting problems, which the student was taught before and which are not trained. Marks: "
     "density of foreign tokens, by their measured share; bars: 95 % intervals over pairs of models "
-    "that were trained apart, and their problems. SFT and offline KL have a learning rate three times "
-    "that of the others, which decides most of what SFT forgets. Seconds are those of the recording, "
-    "two runs at once."
+    "that were trained apart, and their problems. SFT and offline KL have a learning rate three "
+    "times that of the others, which decides most of what SFT forgets. Seconds are those of the "
+    "recording, two runs at once."
 )
 PANELS = {
     "over_confidence": ("Over-confidence", "confidence - accuracy"),
