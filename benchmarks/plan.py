@@ -216,6 +216,7 @@ def resident_bytes(name: str) -> int:
 
 def measure(case: Case, folder: Path) -> dict[str, float]:
     """Train; return the peak memory of two steps, and the CPU seconds of later ones."""
+    from opd.training import shared_pass
     from opd.training import train as trainer
 
     warm_up()
@@ -235,8 +236,10 @@ def measure(case: Case, folder: Path) -> dict[str, float]:
         steps.append({"step": time.process_time() - start, **phases})
         return row
 
+    clock = SimpleNamespace(perf_counter=time.process_time)
     with (
-        patch.object(trainer, "time", SimpleNamespace(perf_counter=time.process_time)),
+        patch.object(trainer, "time", clock),
+        patch.object(shared_pass, "time", clock),
         patch.object(trainer, "run_step", measured_step),
         patch.object(trainer, "evaluate_and_record", lambda *_: None),
     ):

@@ -39,7 +39,7 @@ from opd.models.forward import log_probabilities, response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import LocalTeacher
-from opd.training.block_gradients import block_gradient_sketches, hidden_state_gradients
+from opd.training.probe.block_gradients import block_gradient_sketches, hidden_state_gradients
 
 CHUNK = 512
 

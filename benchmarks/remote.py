@@ -28,7 +28,8 @@ from opd.data.chain_task import problems
 from opd.data.prompts import Prompts, encode_prompts
 from opd.objectives.factory import make_objective
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.client import TeacherClient
 from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, load_pair

@@ -49,15 +49,17 @@ from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM
 from opd.objectives.factory import make_objective
 from opd.objectives.inputs import TokenInputs
+from opd.scoring import columns, score
 from opd.scoring import loss as scoring_loss
-from opd.scoring import score
 from opd.teachers.pair import ModelPair
-from opd.training import setup, step, train, update
+from opd.training import setup, shared_pass, step, train, update
 from opd.training.checks import step as step_checks
 from opd.training.optimizer import Optimizer
 
 WITHOUT_START_CHECKS: dict[str, Any] = {"start_checks": False}
 """Disables the checks before the first step, to simulate a fault that occurs later."""
+SEPARATE_PASSES: dict[str, Any] = {"share_forward_pass": False}
+"""For faults in scoring alone or in the update alone, which a step with one pass cannot have."""
 LEAN_STEPS: dict[str, Any] = {"objective": "teacher_topk", "full_metrics_every": 5}
 """Steps 1 to 4 take the student's softmax from the sampler."""
 
@@ -88,14 +90,19 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         yield
 
 
-def scale_loss(factor: float) -> AbstractContextManager[Any]:
-    """Multiply the loss by a factor."""
-    plain = update.micro_batch_loss
+@contextmanager
+def patch_loss(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the loss of every micro-batch, of steps with one and with two forward passes."""
+    plain = scoring_loss.loss_from_hidden
 
     def loss(*args: Any, **settings: Any) -> Tensor:
-        return factor * plain(*args, **settings)
+        return change(plain(*args, **settings))
 
-    return patch.object(update, "micro_batch_loss", loss)
+    with (
+        patch.object(scoring_loss, "loss_from_hidden", loss),
+        patch.object(shared_pass, "loss_from_hidden", loss),
+    ):
+        yield
 
 
 def replace_objective(name: str) -> AbstractContextManager[Any]:
@@ -137,22 +144,18 @@ def skip_step(plain: Any, optimizer: Optimizer, rate: float, clip: float) -> Any
 @contextmanager
 def zero_before_each_backward() -> Iterator[None]:
     """Zero the gradients before each backward pass, so that they do not accumulate."""
-    plain, last_optimizer = update.micro_batch_loss, list[Optimizer]()
+    last_optimizer = list[Optimizer]()
     start = Optimizer.zero_grad
 
     def zero(optimizer: Optimizer) -> None:
         last_optimizer[:] = [optimizer]
         start(optimizer)
 
-    def loss(*args: Any, **settings: Any) -> Tensor:
-        loss_value = plain(*args, **settings)
+    def zero_before_backward(loss: Tensor) -> Tensor:
         start(last_optimizer[0])
-        return loss_value
+        return loss
 
-    with (
-        patch.object(Optimizer, "zero_grad", zero),
-        patch.object(update, "micro_batch_loss", loss),
-    ):
+    with patch.object(Optimizer, "zero_grad", zero), patch_loss(zero_before_backward):
         yield
 
 
@@ -262,7 +265,8 @@ SILENT_FAULTS: dict[str, Fault] = {
         lambda: patch.object(Optimizer, "copy_to_model", lambda _: None), {"dtype": "bfloat16"}
     ),
     "decoder detached": Fault(
-        lambda: patch.object(scoring_loss, "response_hidden_states", detached_hidden_states)
+        lambda: patch.object(scoring_loss, "response_hidden_states", detached_hidden_states),
+        SEPARATE_PASSES,
     ),
     "gradient not zeroed": Fault(lambda: patch.object(Optimizer, "zero_grad", lambda _: None)),
     "gradient not accumulated": Fault(
@@ -272,19 +276,19 @@ SILENT_FAULTS: dict[str, Fault] = {
     "student and teacher share a head": Fault(lambda: change_pairs(share_head)),
     "student and teacher exchanged": Fault(lambda: change_pairs(exchange_roles)),
     "mean of micro-batch means": Fault(
-        mean_of_micro_batch_means, {"max_tokens_per_microbatch": 256}
+        mean_of_micro_batch_means, SEPARATE_PASSES | {"max_tokens_per_microbatch": 256}
     ),
-    "loss twice as large": Fault(lambda: scale_loss(2.0)),
+    "loss twice as large": Fault(lambda: patch_loss(lambda loss: 2.0 * loss)),
     "forward KL for reverse": Fault(lambda: replace_objective("full_forward_kl")),
     "reverse KL for forward": Fault(
         lambda: replace_objective("full_reverse_kl"), {"objective": "full_forward_kl"}
     ),
     "k3 for k2": Fault(lambda: replace_objective("k3"), {"objective": "k2"}),
-    "top-K ids a position late": Fault(lambda: change_support(shift_ids)),
-    "top-K ids a rank late": Fault(lambda: patch.object(score, "two_stage_topk", ranks_from_two)),
-    "support renormalised twice": Fault(lambda: change_support(renormalise)),
-    "support's mass a fifth": Fault(lambda: change_support(scale_support_mass)),
-    "support's mass above 1": Fault(lambda: change_support(repeat_first_id)),
+    "top-K ids a position late": Fault(lambda: change_support(shift_ids), SEPARATE_PASSES),
+    "top-K ids a rank late": Fault(lambda: patch.object(columns, "two_stage_topk", ranks_from_two)),
+    "support renormalised twice": Fault(lambda: change_support(renormalise), SEPARATE_PASSES),
+    "support's mass a fifth": Fault(lambda: change_support(scale_support_mass), SEPARATE_PASSES),
+    "support's mass above 1": Fault(lambda: change_support(repeat_first_id), SEPARATE_PASSES),
     "support at another temperature": Fault(lambda: support_at_temperature(1.25), LEAN_STEPS),
     "softmax of the step before": Fault(patch_sampler_softmax, LEAN_STEPS),
     "two BOS": Fault(add_second_bos),
@@ -302,7 +306,11 @@ SILENT_FAULTS: dict[str, Fault] = {
     "teacher ignores the mask, unchecked start": Fault(
         lambda: change_pairs(ignore_mask), WITHOUT_START_CHECKS
     ),
-    "teacher's scores of the step before": Fault(lambda: change_scores(stale_teacher_scores)),
-    "teacher's scores of another row": Fault(lambda: change_scores(other_row_scores)),
-    "scored at another temperature": Fault(lambda: score_at_temperature(1.25)),
+    "teacher's scores of the step before": Fault(
+        lambda: change_scores(stale_teacher_scores), SEPARATE_PASSES
+    ),
+    "teacher's scores of another row": Fault(
+        lambda: change_scores(other_row_scores), SEPARATE_PASSES
+    ),
+    "scored at another temperature": Fault(lambda: score_at_temperature(1.25), SEPARATE_PASSES),
 }

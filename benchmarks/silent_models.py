@@ -16,12 +16,12 @@ from opd.config.settings import Config
 from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.rollouts.base import Engine
-from opd.scoring import score
+from opd.scoring import columns, score
 from opd.scoring.score import ScoredBatch
 from opd.teachers.factory import ModelObjects, make_pairs
 from opd.teachers.pair import ModelPair
-from opd.teachers.teacher import Teacher
 from opd.training import train
+from opd.training.state import TaskState
 
 
 def change_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
@@ -168,7 +168,7 @@ def ranks_from_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def support_at_temperature(factor: float) -> AbstractContextManager[Any]:
     """Divide the student's logits of the support by another temperature than the sampler's."""
-    return patch.object(score, "apply_temperature", lambda logits, T: logits / (factor * T))
+    return patch.object(columns, "apply_temperature", lambda logits, T: logits / (factor * T))
 
 
 def patch_sampler_softmax() -> AbstractContextManager[Any]:
@@ -218,15 +218,23 @@ def score_at_temperature(factor: float) -> Iterator[None]:
 @contextmanager
 def enable_dropout_later(role: str) -> Iterator[None]:
     """Put the model in training mode from the second step on."""
-    plain, calls = score.score_batch, list[int]()
+    calls = list[int]()
 
-    def score_with_dropout(student: CausalLM, teacher: Teacher, *args: Any) -> ScoredBatch:
-        calls.append(1)
-        if len(calls) > 1:
-            enable_dropout(role, ModelPair(student, teacher, None, []))
-        return plain(student, teacher, *args)
+    def later(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def with_dropout(first: Any, second: Any, *args: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) > 1:  # models, or the states of run and task
+                is_task = isinstance(second, TaskState)
+                pair = second.pair if is_task else ModelPair(first, second, None, [])
+                enable_dropout(role, pair)
+            return plain(first, second, *args, **options)
 
-    with patch.object(train, "score_batch", score_with_dropout):
+        return with_dropout
+
+    with (
+        patch.object(train, "score_batch", later(train.score_batch)),
+        patch.object(train, "score_and_sum_gradient", later(train.score_and_sum_gradient)),
+    ):
         yield
 
 

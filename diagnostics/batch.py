@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -395,7 +395,10 @@ class ScoredRollouts(Rollouts):
         return (self.student_logp - self.teacher_logp).detach()
 
 
-def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
+AnyRollouts = TypeVar("AnyRollouts", bound=Rollouts)
+
+
+def concatenate(batches: Sequence[AnyRollouts]) -> AnyRollouts:
     """Concatenate the rows of batches, padded on the right with masked zeros to the longest."""
     if not batches:
         raise InvalidInput("no batches to concatenate")
@@ -418,7 +421,7 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
     return unflatten(batches[0], {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]})
 
 
-def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
+def unflatten(template: AnyRollouts, flat: dict[str, Tensor]) -> AnyRollouts:
     """Return a batch with other tensors.
 
     Args:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from opd.objectives.requirements import Requirements
     from opd.runtime.version import __version__
     from opd.scoring.loss import policy_loss, policy_losses
-    from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
+    from opd.scoring.request import ScoreRequest
+    from opd.scoring.score import ScoredBatch, score_batch
     from opd.teachers.pair import ModelPair, load_pair
     from opd.teachers.teacher import Teacher
     from opd.training.result import TrainResult
@@ -57,7 +58,7 @@ MODULES = {
     "OBJECTIVES": "opd.objectives.catalogue",
     "Objective": "opd.objectives.objective",
     "Requirements": "opd.objectives.requirements",
-    "ScoreRequest": "opd.scoring.score",
+    "ScoreRequest": "opd.scoring.request",
     "ScoredBatch": "opd.scoring.score",
     "Teacher": "opd.teachers.teacher",
     "TrainResult": "opd.training.result",

@@ -116,6 +116,7 @@ def peak_mebibytes() -> float:
 
 def run_toolkit(size: Size, objective: str) -> dict[str, Any]:
     """Train with the toolkit, its default panel included, without evaluations."""
+    from opd.training import shared_pass
     from opd.training import train as trainer
 
     config = training_config(
@@ -142,12 +143,14 @@ def run_toolkit(size: Size, objective: str) -> dict[str, Any]:
         return row
 
     device = torch.device(size.device)
+    phase_clock = SimpleNamespace(perf_counter=lambda: clock(device))
     replacements = {
-        "time": SimpleNamespace(perf_counter=lambda: clock(device)),  # of the phases
+        "time": phase_clock,
         "run_step": timed,
         "evaluate_and_record": lambda *_: None,
     }
     with ExitStack() as stack:
+        stack.enter_context(patch.object(shared_pass, "time", phase_clock))
         stack.enter_context(patch.object(trainer.checkpoint, "save", lambda *_: None))
         for name, value in replacements.items():
             stack.enter_context(patch.object(trainer, name, value))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts, concatenate, unflatten
+from diagnostics.batch import AnyRollouts, ScoredRollouts, concatenate, unflatten
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.probe import GradientSketches, LossGradients, concatenate_sketches
 from diagnostics.tensor_fields import flatten
@@ -36,12 +36,24 @@ def gather_batch(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:
     Returns:
         The full batch, and the slice of this rank's rows in it.
     """
-    parts = all_gather_batches(batch.with_fields(support=None, baseline=None))
+    return gather_rollouts(batch.with_fields(support=None, baseline=None))
+
+
+def gather_rollouts(batch: AnyRollouts) -> tuple[AnyRollouts, slice]:
+    """Gather the rollouts of all ranks, in rank order, with all their fields.
+
+    Args:
+        batch: This rank's rollouts.
+
+    Returns:
+        The full batch, and the slice of this rank's rows in it.
+    """
+    parts = all_gather_batches(batch)
     start = sum(len(part) for part in parts[: distributed.get_rank()])
     return concatenate(parts), slice(start, start + len(batch))
 
 
-def all_gather_batches(batch: ScoredRollouts) -> list[ScoredRollouts]:
+def all_gather_batches(batch: AnyRollouts) -> list[AnyRollouts]:
     """Return every rank's batch with all its fields; all ranks must have the same fields."""
     return [unflatten(batch, columns) for columns in all_gather_columns(flatten(batch))]
 

@@ -40,7 +40,7 @@ RUN_HEADLINE: Mapping[str, str] = {
     "view/copied_share": "what responses copy of a view that the student never reads",
     "consistency/loss_error": "the loss recomputed independently; healthy 0",
     "seconds/rollout": "time of sampling",
-    "seconds/update": "time of the optimizer",
+    "seconds/update": "time of gradients and of the optimizer",
 }
 """Column of a run of `opd train`, besides `HEADLINE` -> the reason why it is shown."""
 

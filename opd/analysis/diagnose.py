@@ -203,7 +203,8 @@ def rescore_records(
     from diagnostics.batch import Rollouts
     from diagnostics.core.partial import without_fields
     from diagnostics.missing import missing_fields
-    from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+    from opd.scoring.request import METRICS_ONLY, ScoreRequest
+    from opd.scoring.score import score_batch
 
     if "prompt_tokens" not in records.columns:
         raise InvalidInput(

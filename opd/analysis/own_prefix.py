@@ -18,7 +18,8 @@ from opd.data.prompts import Prompts
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTROL, derive_seed
-from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+from opd.scoring.request import METRICS_ONLY, ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
 from opd.training.setup import load_problem_task

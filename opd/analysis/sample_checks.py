@@ -22,7 +22,8 @@ from opd.data.teacher_view.values import graded_attempts
 from opd.data.teacher_view.view import TeacherView, with_teacher_prompts
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+from opd.scoring.request import METRICS_ONLY, ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.pair import ModelPair
 from opd.training.checks.check_result import CheckResult
 

@@ -210,9 +210,9 @@ class RecordConfig:
     need the student's full distribution. Other steps compute top-K and sampled-token metrics
     only."""
     probe_every: int = setting(0, within="not negative", resumable=True)
-    """Steps between gradient probes (opd.training.gradient_probe), which measure signal, noise and
-    bias of the LM head's gradient; 0 disables them. With top_p below 1, or prefixes other than
-    student, a probe samples its own rollouts."""
+    """Steps between gradient probes (opd.training.probe.gradient_probe), which measure signal,
+    noise and bias of the LM head's gradient; 0 disables them. With top_p below 1, or prefixes other
+    than student, a probe samples its own rollouts."""
     probe_blocks: tuple[str, ...] = ()
     """Further layers whose gradients the probe measures, as shell patterns of their names, such as
     "*norm" or "model.layers.3.mlp.down_proj"; costs 4 to 6 backward passes per probe."""
@@ -251,6 +251,9 @@ class HardwareConfig:
     """Recompute activations in the backward pass to save memory."""
     offload_teacher: bool = setting(False, resumable=True)
     """Keep the teacher in host memory while it does not score."""
+    share_forward_pass: bool = setting(True, resumable=True)
+    """Compute scores and gradient of a micro-batch from one forward pass of the student, where a
+    response's loss needs no other response (`opd.training.shared_pass`)."""
     teacher_weights: Literal["saved", "int8", "nf4"] = "saved"
     """Weights of teachers in this process: as saved, or with layers quantised to 8 or 4 bits by
     bitsandbytes while loading; the LM head and the embeddings are never quantised. On a CPU nf4

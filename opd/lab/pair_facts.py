@@ -133,7 +133,8 @@ def score_rollouts(
     from opd.data.prompts import encode_prompts
     from opd.data.sources import read_problems
     from opd.rollouts.hf_engine import sample
-    from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+    from opd.scoring.request import METRICS_ONLY, ScoreRequest
+    from opd.scoring.score import score_batch
     from opd.teachers.pair import load_pair
 
     pair = load_pair(str(folder / "student"), str(folder / "teacher"), "cpu")

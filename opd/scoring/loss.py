@@ -9,7 +9,7 @@ Shapes: B responses, T positions, N flat supervised tokens, n tokens of a chunk,
 rows of the head, V vocabulary, K support ids.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,9 @@ from opd.scoring.chunked_loss import BlockLoss, ChunkLoss, chunked_loss
 from opd.scoring.score import ScoredBatch
 from opd.scoring.user_loss import user_loss_from_hidden
 from opd.teachers.teacher import Teacher
+
+Observe = Callable[[slice, Tensor, Tensor], None]
+"""Gets a block of tokens and (n, V) log-probabilities of student and teacher, without gradient."""
 
 
 def policy_loss(
@@ -201,6 +204,7 @@ def loss_from_hidden(
     teacher_hidden: Tensor | None = None,
     temperature: float,
     max_logits_per_chunk: int,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Return the sum of the weighted losses of N supervised tokens, with gradient.
 
@@ -217,6 +221,7 @@ def loss_from_hidden(
         temperature: Temperature of the log-probabilities.
         max_logits_per_chunk: Logits over all V that exist at once; ignored for a loss on K head
             rows.
+        observe: Called with the distributions that an objective on the full vocabulary compares.
 
     Returns:
         Scalar loss.
@@ -234,7 +239,9 @@ def loss_from_hidden(
         return weighted_losses(
             objective, replace(inputs, logp=logp, support_logp=logits[:, :k])
         ).sum()
-    chunk_loss = make_chunk_loss(student, objective, inputs, teacher, teacher_hidden, temperature)
+    chunk_loss = make_chunk_loss(
+        student, objective, inputs, teacher, teacher_hidden, temperature, observe
+    )
     size = chunk_elements(max_logits_per_chunk, head.num_products(hidden), hidden.device)
     return chunked_loss(hidden, head, chunk_loss, size, cached_elements(hidden.device))
 
@@ -246,6 +253,7 @@ def make_chunk_loss(
     teacher: CausalLM | None,
     teacher_hidden: Tensor | None,
     temperature: float,
+    observe: Observe | None = None,
 ) -> ChunkLoss:
     """Build the loss of chunks of tokens as a function of the products of all head rows.
 
@@ -256,6 +264,7 @@ def make_chunk_loss(
         teacher: The teacher, for objectives on the full vocabulary; else unused.
         teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else unused.
         temperature: Temperature of the log-probabilities.
+        observe: As for `loss_from_hidden`.
 
     Returns:
         The loss function.
@@ -283,6 +292,8 @@ def make_chunk_loss(
                 rows = slice(block.start - chunk.start, block.stop - chunk.start)
                 with torch.no_grad():
                     q = product_logp(teacher.head, teacher_products[rows], temperature)
+                    if observe is not None:
+                        observe(block, p.detach(), q)
                 logp = p.gather(-1, y)[:, 0]
                 part = replace(part, logp=logp, support_logp=p, teacher_support_logp=q)
             else:

@@ -1,19 +1,19 @@
 """Score rollouts: log-probabilities of both models without storing (tokens, V) logits.
 
-Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D' hidden sizes of
-student and teacher, V shared vocabulary, K support ids.
+A batch is scored in micro-batches: `teacher_micro_batches` yields them with the teacher's states,
+and `score_micro_batch` computes the columns of their tokens from the states of both models.
+
+Shapes: B responses, T positions, N sampled tokens, n sampled tokens of a micro-batch, D and D'
+hidden sizes of student and teacher, V shared vocabulary, K support ids.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import compute_distribution_stats
-from diagnostics.errors import InvalidInput
-from diagnostics.missing import Missing
 from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.data.prompts import Prompts
 from opd.models.forward import (
@@ -22,99 +22,12 @@ from opd.models.forward import (
     product_logp,
     response_hidden_states,
 )
-from opd.models.lm_head import (
-    apply_temperature,
-    block_slices,
-    cached_elements,
-    chunk_elements,
-    chunk_slices,
-    two_stage_topk,
-)
+from opd.models.lm_head import block_slices, cached_elements, chunk_elements, chunk_slices
 from opd.models.model import CausalLM
-from opd.objectives.requirements import Requirements
-from opd.objectives.support import JOINT_SUPPORTS
 from opd.scoring.chosen_ids import STUDENT_SUPPORTS, chosen_columns, query_teacher
+from opd.scoring.columns import TokenColumns, full_columns, teacher_top_k, top_k_columns
+from opd.scoring.request import NOT_SCORED, ScoreRequest, check_request
 from opd.teachers.teacher import Capability, Teacher
-from opd.tokens.eos import EosMap, student_support, teacher_tokens
-
-METRICS_ONLY = Requirements(
-    support="teacher",
-    support_k=16,
-    sampled_logp=True,
-    teacher_sampled_logp=True,
-    normalised=True,
-    distributions=True,
-    whole_groups=False,
-    on_policy=False,
-    own_samples=False,
-    teacher=True,
-)
-"""Requirements of metrics without an objective: the teacher's top-K, and statistics of the
-distributions."""
-
-
-EXACT_DTYPES = frozenset({torch.float32, torch.float64})
-"""Dtypes of a student in which the logits of two forward passes can be combined."""
-NOT_SCORED: Any = Missing("a run without a teacher has")
-"""`teacher_logp` of rollouts that no teacher scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
-    """What the scores of a batch have to provide, and the memory that scoring may take."""
-
-    requirements: Requirements = METRICS_ONLY
-    """What the loss reads, such as the objective's `requirements`."""
-    temperature: float = 1.0
-    """Temperature of the log-probabilities."""
-    full_statistics: bool = True
-    """Whether metrics of whole distributions are wanted. Without them the student's softmax is
-    that of the sampler, where it is known, exact enough, and the loss needs no more.
-    """
-    eos_map: EosMap | None = None
-    """EOS ids of both models, for their metrics."""
-    map_eos: bool = False
-    """Read the teacher at its own EOS where the student used another one, and the student at its
-    own EOS where the teacher's top-K holds another one. Distribution statistics still compare id
-    with id. (The published code of arXiv 2603.25562 does so since its fix for figure 5.)
-    """
-    teacher_reads: str = "prompt"
-    """Whether the teacher's prompts depend on the responses (`ScoredRollouts.teacher_reads`)."""
-    max_tokens_per_microbatch: int = 1 << 14
-    """Padded tokens of a forward pass."""
-    max_logits_per_chunk: int = 1 << 24
-    """Logits that exist at once."""
-
-    @property
-    def source(self) -> str:
-        """Whose top-K is the support; the teacher's if the loss needs none."""
-        support = self.requirements.support
-        return "teacher" if support in ("none", "full") else support
-
-    def allows_sampler_softmax(self, rollouts: Rollouts, dtype: torch.dtype) -> bool:
-        """Return whether the student's softmax of the rollouts can be taken from the sampler.
-
-        It is that of the weights that sampled, so they must be the student's present ones, and
-        rounding differences of another inference engine stay hidden. The normaliser is then of the
-        sampler's pass and the logits of the support of another one, each rounded to half a unit in
-        the last place: in bfloat16 1/16 for a logit of 16 to 32, so that a support of mass 1 gets
-        1.06 or more, and 2^-20 in float32. A student in half precision is therefore scored whole.
-
-        Args:
-            rollouts: The rollouts.
-            dtype: The student's.
-
-        Returns:
-            Whether a full pass of the student's head can be skipped.
-        """
-        needs = self.requirements
-        if dtype not in EXACT_DTYPES:
-            return False
-        if self.full_statistics or self.map_eos or needs.distributions or needs.normalised:
-            return False
-        known = rollouts.softmax_logp is not None and rollouts.temperature == self.temperature
-        known &= bool(rollouts.own_rows.all())
-        return needs.support == "teacher" and known and not bool((rollouts.age > 0).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +51,37 @@ class ScoredBatch:
             token_index = flat_index(self.scored.sampled)[rows][:, : scored.mask.shape[1]]
             hidden = hidden[token_index[scored.sampled]]
         return replace(self, prompts=self.prompts.rows(rows), scored=scored, teacher_hidden=hidden)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """Some rows of a batch, with the teacher's states or answers at their n sampled tokens."""
+
+    rows: list[int]
+    """Rows of the batch."""
+    positions: Tensor
+    """(n,) long, index of each token among the N sampled tokens of the batch."""
+    prompts: Prompts
+    """Prompts of the rows."""
+    rollouts: Rollouts
+    """Responses of the rows, trimmed to the longest."""
+    teacher_states: Tensor | None
+    """(n, D') teacher states; None for a teacher without hidden states."""
+    answers: tuple[Tensor, Tensor, Tensor] | None
+    """(n, K) ids and log-probabilities of a teacher that has no hidden states, and (n,) those of
+    the tokens; None for another teacher."""
+    sampler_logp: Tensor | None
+    """(n,) log-probabilities under the sampler's softmax, where it is taken for the student's."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(n,) long, the sampled tokens."""
+        return self.rollouts.tokens[self.rollouts.sampled]
+
+    def student_states(self, student: CausalLM) -> Tensor:
+        """Return the (n, D) states of the student, by a forward pass."""
+        rollouts = self.rollouts
+        return response_hidden_states(student, self.prompts, rollouts, rollouts.sampled)
 
 
 @torch.no_grad()
@@ -169,11 +113,8 @@ def score_batch(
         InvalidInput: K is larger than the vocabulary, the support is unknown, or the teacher or the
             EOS mapping cannot provide it.
     """
-    _check_request(student, teacher, request)
-    is_local = Capability.HIDDEN_STATES in teacher.capabilities
-    has_teacher = bool(teacher.capabilities)
-    reuses_sampler = request.allows_sampler_softmax(rollouts, student.network.dtype)
-    if has_teacher and not is_local and request.source in STUDENT_SUPPORTS:
+    check_request(student, teacher, request)
+    if asks_student_ids(teacher, request):
         columns = chosen_columns(
             student,
             teacher,
@@ -186,9 +127,158 @@ def score_batch(
             max_logits_per_chunk=request.max_logits_per_chunk,
         )
     else:
-        columns = _token_columns(student, teacher, prompts, rollouts, request)
-    teacher_hidden = columns.pop("teacher_hidden", None)
-    tensors = {name: scatter_to_mask(value, rollouts.sampled) for name, value in columns.items()}
+        store = TokenColumns(int(rollouts.sampled.sum()))
+        for micro_batch in teacher_micro_batches(student, teacher, prompts, rollouts, request):
+            states = micro_batch.student_states(student)
+            columns = score_micro_batch(student, teacher, micro_batch, states, request)
+            if request.requirements.support == "full" and micro_batch.teacher_states is not None:
+                columns["teacher_hidden"] = micro_batch.teacher_states
+            store.put(micro_batch.positions, columns)
+        columns = store.columns
+    batch = assemble_batch(student, teacher, prompts, rollouts, columns, request)
+    batch.scored.validate()
+    return batch
+
+
+def asks_student_ids(teacher: Teacher, request: ScoreRequest) -> bool:
+    """Return whether a teacher on a server scores ids that the student chooses."""
+    is_remote = bool(teacher.capabilities) and Capability.HIDDEN_STATES not in teacher.capabilities
+    return is_remote and request.source in STUDENT_SUPPORTS
+
+
+def teacher_micro_batches(
+    student: CausalLM,
+    teacher: Teacher,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    request: ScoreRequest,
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of a batch, with what the teacher says of each.
+
+    Args:
+        student: The student.
+        teacher: The teacher; without hidden states it is asked once, for the whole batch.
+        prompts: B prompts.
+        rollouts: B responses.
+        request: What is needed.
+
+    Yields:
+        The micro-batches.
+    """
+    has_states = Capability.HIDDEN_STATES in teacher.capabilities
+    answers = None
+    if teacher.capabilities and not has_states:
+        k, eos_map = request.requirements.support_k, request.eos_map if request.map_eos else None
+        answers = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
+    reuses_sampler = request.allows_sampler_softmax(rollouts, student.network.dtype)
+    token_index = flat_index(rollouts.sampled)
+    for rows in micro_batches(prompts, rollouts, request.max_tokens_per_microbatch):
+        part, part_prompts = rollouts.rows(rows).trim(), prompts.rows(rows)
+        positions = token_index[rows][:, : part.sampled.shape[1]][part.sampled]
+        teacher_states = sampler_logp = None
+        if has_states:
+            with torch.no_grad():
+                teacher_states = response_hidden_states(
+                    teacher.model, part_prompts.teacher_prompts, part, part.sampled
+                )
+        if reuses_sampler and part.softmax_logp is not None:
+            sampler_logp = part.softmax_logp[part.sampled].float()
+        yield MicroBatch(
+            rows=rows,
+            positions=positions,
+            prompts=part_prompts,
+            rollouts=part,
+            teacher_states=teacher_states,
+            answers=None if answers is None else answers.select(positions),
+            sampler_logp=sampler_logp,
+        )
+
+
+@torch.no_grad()
+def score_micro_batch(
+    student: CausalLM,
+    teacher: Teacher,
+    micro_batch: MicroBatch,
+    states: Tensor,
+    request: ScoreRequest,
+) -> dict[str, Tensor]:
+    """Return the columns of the n tokens of a micro-batch.
+
+    Products with the head are computed for a chunk at once, everything else in blocks that fit a
+    CPU's cache.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        micro_batch: The micro-batch.
+        states: (n, D) states of the student.
+        request: What is needed.
+
+    Returns:
+        The columns by name.
+    """
+    states, teacher_states = states.detach(), micro_batch.teacher_states
+    tokens, temperature = micro_batch.tokens, request.temperature
+    k = request.requirements.support_k
+    sampler_logp = micro_batch.sampler_logp
+    store, vocabulary = TokenColumns(len(tokens)), student.vocabulary
+    size = chunk_elements(request.max_logits_per_chunk, vocabulary, states.device)
+    for c in chunk_slices(len(tokens), vocabulary, size):
+        p_products = student.head.products(states[c]) if sampler_logp is None else None
+        q_products = None
+        if teacher_states is not None:
+            q_products = teacher.model.head.products(teacher_states[c])
+        for b in block_slices(c, vocabulary, cached_elements(states.device)):
+            part = slice(b.start - c.start, b.stop - c.start)
+            p, q_logits = None, None
+            if p_products is not None:
+                p = product_logp(student.head, p_products[part], temperature)
+            if q_products is not None:
+                q_logits = product_logits(teacher.model.head, q_products[part], temperature)
+            if p is not None and q_logits is not None:
+                columns = full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
+            elif p is not None and not teacher.capabilities:
+                columns = {"student_logp": p.gather(-1, tokens[b, None])[:, 0]}
+            else:
+                if q_logits is not None:
+                    top_k = teacher_top_k(q_logits, tokens[b], k)
+                else:
+                    assert micro_batch.answers is not None
+                    ids, ids_logp, tokens_logp = micro_batch.answers
+                    top_k = ids[b], ids_logp[b], tokens_logp[b]
+                logp = None if sampler_logp is None else sampler_logp[b]
+                columns = top_k_columns(student, states[b], tokens[b], top_k, p, logp, request)
+            store.put(b, columns)
+    return store.columns
+
+
+def assemble_batch(
+    student: CausalLM,
+    teacher: Teacher,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    columns: dict[str, Tensor],
+    request: ScoreRequest,
+) -> ScoredBatch:
+    """Return the scored batch of the columns of its N tokens.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        prompts: B prompts.
+        rollouts: B responses.
+        columns: The columns by name, row-major.
+        request: What was needed.
+
+    Returns:
+        The batch, whose values are not checked.
+    """
+    has_teacher = bool(teacher.capabilities)
+    tensors = {
+        name: scatter_to_mask(value, rollouts.sampled)
+        for name, value in columns.items()
+        if name != "teacher_hidden"
+    }
     statistics = _without_prefix(tensors, "prefix.")
     scored = ScoredRollouts(
         **vars(rollouts),
@@ -201,217 +291,8 @@ def score_batch(
         score_temperature=request.temperature,
         teacher_reads=request.teacher_reads,
     )
-    return ScoredBatch(prompts, scored.validate(), teacher_hidden, reuses_sampler)
-
-
-def _token_columns(
-    student: CausalLM,
-    teacher: Teacher,
-    prompts: Prompts,
-    rollouts: Rollouts,
-    request: ScoreRequest,
-) -> dict[str, Tensor]:
-    """Return the columns of the N sampled tokens where the student reads the teacher's ids.
-
-    With a teacher of hidden states, these may be any ids.
-
-    Args:
-        student: The student.
-        teacher: The teacher.
-        prompts: B prompts.
-        rollouts: B responses.
-        request: What is needed.
-
-    Returns:
-        The columns by name, row-major; "teacher_hidden" for losses on the full vocabulary.
-    """
-    is_local, temperature = Capability.HIDDEN_STATES in teacher.capabilities, request.temperature
-    k = request.requirements.support_k
-    has_teacher, answers = bool(teacher.capabilities), None
-    if has_teacher and not is_local:
-        eos_map = request.eos_map if request.map_eos else None
-        answers = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
-    sampler_logp = None
     reuses_sampler = request.allows_sampler_softmax(rollouts, student.network.dtype)
-    if reuses_sampler and rollouts.softmax_logp is not None:
-        sampler_logp = rollouts.softmax_logp[rollouts.sampled]
-    num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
-    token_index = flat_index(rollouts.sampled)
-
-    def store(name: str, positions: Tensor, value: Tensor) -> None:
-        if name not in columns:
-            columns[name] = value.new_zeros((num_tokens, *value.shape[1:]))
-        columns[name][positions] = value
-
-    for rows in micro_batches(prompts, rollouts, request.max_tokens_per_microbatch):
-        micro_batch, micro_prompts = rollouts.rows(rows).trim(), prompts.rows(rows)
-        sampled = micro_batch.sampled
-        positions, tokens = token_index[rows][:, : sampled.shape[1]][sampled], micro_batch.tokens
-        states = response_hidden_states(student, micro_prompts, micro_batch, sampled)
-        teacher_states = states[:, :0]
-        if is_local:
-            teacher_states = response_hidden_states(
-                teacher.model, micro_prompts.teacher_prompts, micro_batch, sampled
-            )
-            if request.requirements.support == "full":
-                store("teacher_hidden", positions, teacher_states)
-        tokens = tokens[sampled]
-        reads_student = sampler_logp is None
-        size = chunk_elements(request.max_logits_per_chunk, student.vocabulary, states.device)
-        for c in chunk_slices(len(tokens), student.vocabulary, size):
-            # products of a chunk at once, everything else in blocks that fit a CPU's cache
-            p_products = student.head.products(states[c]) if reads_student else None
-            q_products = teacher.model.head.products(teacher_states[c]) if is_local else None
-            for b in block_slices(c, student.vocabulary, cached_elements(states.device)):
-                part = slice(b.start - c.start, b.stop - c.start)
-                p, q_logits = None, None
-                if p_products is not None:
-                    p = product_logp(student.head, p_products[part], temperature)
-                if q_products is not None:
-                    q_logits = product_logits(teacher.model.head, q_products[part], temperature)
-                if p is not None and q_logits is not None:
-                    values = full_columns(p, q_logits.log_softmax(-1), tokens[b], request)
-                elif p is not None and not has_teacher:
-                    values = {"student_logp": p.gather(-1, tokens[b, None])[:, 0]}
-                else:
-                    if q_logits is not None:
-                        top_k = _teacher_top_k(q_logits, tokens[b], k)
-                    else:
-                        assert answers is not None
-                        top_k = answers.select(positions[b])
-                    logp = None if sampler_logp is None else sampler_logp[positions[b]].float()
-                    values = _top_k_columns(student, states[b], tokens[b], top_k, p, logp, request)
-                for name, value in values.items():
-                    store(name, positions[b], value)
-    return columns
-
-
-def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -> None:
-    """Refuse an unknown support, one that the teacher or map_eos lacks, and a K beyond V."""
-    if not teacher.capabilities:
-        if request.requirements.teacher:
-            raise InvalidInput(
-                "the loss reads a teacher, but teacher is none; set one, or use "
-                "negative_log_likelihood or reward_only"
-            )
-        return
-    source, k = request.source, request.requirements.support_k
-    if k > student.vocabulary:
-        raise InvalidInput(
-            f"support_k is {k}, but the shared vocabulary has {student.vocabulary} tokens; lower "
-            "support_k"
-        )
-    known_sources = ("teacher", "student", *JOINT_SUPPORTS)
-    if source not in known_sources:
-        raise InvalidInput(f"unknown support source {source!r}; known: {', '.join(known_sources)}")
-    if request.map_eos and source != "teacher":
-        raise InvalidInput(
-            f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
-            "set map_eos to False, or use a teacher support"
-        )
-    reads_others = source in STUDENT_SUPPORTS or request.map_eos
-    if reads_others and Capability.CHOSEN_IDS not in teacher.capabilities:
-        what = "map_eos" if request.map_eos else f"a {source!r} support"
-        raise InvalidInput(
-            f"the teacher {teacher.name} was connected for its own top-K only, not for {what}; "
-            "connect it with num_chosen, or use a teacher_topk objective without map_eos, or a "
-            "local teacher"
-        )
-    if Capability.DISTRIBUTIONS not in teacher.capabilities:
-        if request.requirements.support == "full":
-            raise InvalidInput(
-                f"the teacher {teacher.name} is {teacher.place} and does not support full "
-                "distributions"
-            )
-        if request.temperature != teacher.temperature:
-            raise InvalidInput(
-                f"temperature is {request.temperature}, but the teacher {teacher.name} is "
-                f"{teacher.place}, which scores at {teacher.temperature:g}; set that"
-            )
-
-
-def full_columns(p: Tensor, q: Tensor, tokens: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
-    """Return the columns of n tokens from (n, V) log-probabilities of student and teacher."""
-    k, source, y = request.requirements.support_k, request.source, tokens[:, None]
-    present: Tensor | None = None
-    if source in JOINT_SUPPORTS:
-        teacher_ids, student_ids = two_stage_topk(q, k)[1], two_stage_topk(p, k)[1]
-        support_ids, present = JOINT_SUPPORTS[source](teacher_ids, student_ids)
-    else:
-        support_ids = two_stage_topk(q if source == "teacher" else p, k)[1]
-    ids, teacher_token = support_ids, y
-    if request.map_eos and request.eos_map is not None:
-        teacher_token = teacher_tokens(y, request.eos_map)
-        ids, present = student_support(support_ids, request.eos_map)
-    columns = {
-        "student_logp": p.gather(-1, y)[:, 0],
-        "teacher_logp": q.gather(-1, teacher_token)[:, 0],
-        "support.ids": ids,
-        "support.student_logp": p.gather(-1, ids),
-        "support.teacher_logp": q.gather(-1, support_ids),
-    }
-    if present is not None:
-        columns["support.present"] = present
-    if (eos_map := request.eos_map) is not None:
-        columns["prefix.student_end"] = p[:, list(eos_map.student)].logsumexp(-1)
-        columns["prefix.teacher_end"] = q[:, list(eos_map.teacher)].logsumexp(-1)
-        student_eos = torch.tensor(eos_map.student, device=tokens.device)
-        columns["prefix.ending"] = torch.isin(tokens, student_eos).to(p.dtype)
-    statistics = compute_distribution_stats(p, q, tokens)
-    return columns | {f"prefix.{name}": x for name, x in statistics.items()}
-
-
-def _teacher_top_k(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids and log-probabilities (n, K) of the teacher's top-K, and (n,) of the tokens."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    values, ids = two_stage_topk(logits, k)
-    return ids, values - normaliser, (logits.gather(-1, tokens[:, None]) - normaliser)[:, 0]
-
-
-def _top_k_columns(
-    student: CausalLM,
-    states: Tensor,
-    tokens: Tensor,
-    top_k: tuple[Tensor, Tensor, Tensor],
-    p: Tensor | None,
-    logp: Tensor | None,
-    request: ScoreRequest,
-) -> dict[str, Tensor]:
-    """Return the columns of n tokens from the teacher's top-K, without distributions of it.
-
-    Args:
-        student: The student.
-        states: (n, D) student states.
-        tokens: (n,) sampled tokens.
-        top_k: (n, K) ids of the teacher, their log-probabilities, and (n,) those of the tokens.
-        p: (n, V) log-probabilities of the student; None where `logp` is given.
-        logp: (n,) log-probabilities of the tokens under the sampler's softmax.
-        request: What is needed.
-
-    Returns:
-        The columns by name.
-    """
-    ids, support_logp, teacher_logp = top_k
-    y, present = tokens[:, None], None
-    if request.map_eos and request.eos_map is not None:
-        ids, present = student_support(ids, request.eos_map)
-    if p is None:
-        assert logp is not None
-        logits = student.head.gather(states, torch.cat([y, ids], 1))
-        z = apply_temperature(logits, request.temperature)
-        student_support_logp = (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0)
-    else:
-        logp, student_support_logp = p.gather(-1, y)[:, 0], p.gather(-1, ids)
-        if request.source in JOINT_SUPPORTS:
-            present = JOINT_SUPPORTS[request.source](ids, two_stage_topk(p, ids.shape[1])[1])[1]
-    columns = {
-        "student_logp": logp,
-        "teacher_logp": teacher_logp,
-        "support.ids": ids,
-        "support.student_logp": student_support_logp,
-        "support.teacher_logp": support_logp,
-    }
-    return columns if present is None else columns | {"support.present": present}
+    return ScoredBatch(prompts, scored, columns.get("teacher_hidden"), reuses_sampler)
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

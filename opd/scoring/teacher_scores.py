@@ -7,7 +7,6 @@ Shapes: N sampled tokens, K ids per token.
 """
 
 import torch
-from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from diagnostics.ragged import flat_index
@@ -15,7 +14,8 @@ from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import chunk_elements, chunk_slices, two_stage_topk
 from opd.scoring.chosen_ids import query_teacher
-from opd.scoring.score import ScoreRequest
+from opd.scoring.columns import TokenColumns
+from opd.scoring.request import ScoreRequest
 from opd.teachers.remote_scores import TeacherScores
 from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import teacher_tokens
@@ -44,14 +44,8 @@ def score_teacher(
         scores = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
         chosen_logp = None if eos_map is None else scores.sampled[:, None]
         return TeacherScores(scores.ids, scores.logp, scores.sampled, chosen_logp)
-    num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
+    store = TokenColumns(int(rollouts.sampled.sum()))
     token_index = flat_index(rollouts.sampled)
-
-    def store(name: str, positions: Tensor, value: Tensor) -> None:
-        if name not in columns:
-            columns[name] = value.new_zeros((num_tokens, *value.shape[1:]))
-        columns[name][positions] = value
-
     for rows in micro_batches(prompts, rollouts, request.max_tokens_per_microbatch):
         micro_batch = rollouts.rows(rows).trim()
         micro_prompts, sampled = prompts.rows(rows).teacher_prompts, micro_batch.sampled
@@ -63,10 +57,12 @@ def score_teacher(
         for c in chunk_slices(len(tokens), vocabulary, size):
             q = log_probabilities(teacher.model, states[c], request.temperature)
             ids = two_stage_topk(q, k)[1]
-            store("ids", positions[c], ids)
-            store("logp", positions[c], q.gather(-1, ids))
-            store("sampled", positions[c], q.gather(-1, tokens[c, None])[:, 0])
+            columns = {
+                "ids": ids,
+                "logp": q.gather(-1, ids),
+                "sampled": q.gather(-1, tokens[c, None])[:, 0],
+            }
             if eos_map is not None:
-                mapped = teacher_tokens(tokens[c, None], eos_map)
-                store("chosen_logp", positions[c], q.gather(-1, mapped))
-    return TeacherScores(**columns)
+                columns["chosen_logp"] = q.gather(-1, teacher_tokens(tokens[c, None], eos_map))
+            store.put(positions[c], columns)
+    return TeacherScores(**store.columns)

@@ -13,7 +13,8 @@ from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import chunk_slices
 from opd.scoring.chosen_ids import query_teacher
-from opd.scoring.score import ScoredBatch, ScoreRequest
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import ScoredBatch
 from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import teacher_tokens
 

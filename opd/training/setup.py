@@ -35,7 +35,7 @@ from opd.rollouts.factory import make_engine
 from opd.runs.alarm_rules import rules_of
 from opd.runs.identity import record_templates
 from opd.runtime import distributed
-from opd.scoring.score import ScoreRequest
+from opd.scoring.request import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
 from opd.training.checks.update import sample_teacher_weights

@@ -14,7 +14,7 @@ from opd.envs.task import GameTask
 from opd.models.model import CausalLM
 from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
-from opd.scoring.score import ScoreRequest
+from opd.scoring.request import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import ResolvedMaskRules
 from opd.training.multitask import tasks_of_step

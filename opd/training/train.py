@@ -3,28 +3,22 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diagnostics.alarms.alarms import Alarm
 from diagnostics.io.atomic import write_text
 from diagnostics.records.headline import RUN_COLUMNS
-from diagnostics.records.rows import Row, append_row
-from diagnostics.terminal import escape_control_chars
+from diagnostics.records.rows import Row
 from opd.config.files import to_flat
 from opd.config.prefixes import parse_prefixes
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
-from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
-from opd.data.tasks import Task
-from opd.evaluation.evaluate import evaluate
 from opd.models.fsdp import gather_network, unsharded
 from opd.models.loading import resolve_device
 from opd.models.lora import merge_lora, save_adapters
@@ -33,7 +27,7 @@ from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
 from opd.runtime.memory import peak_gib, start_peak
-from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
+from opd.runtime.seeds import PROBE
 from opd.runtime.staged_folders import staged_folder
 from opd.scoring.chosen_ids import num_chosen_ids
 from opd.scoring.score import ScoredBatch, score_batch
@@ -44,17 +38,25 @@ from opd.training import checkpoint
 from opd.training.checks.same_weights import refuse_same_weights
 from opd.training.checks.start import check_start
 from opd.training.checks.step import check_batch
-from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
 from opd.training.objects import with_objects
 from opd.training.optimizer import make_optimizer
+from opd.training.probe.gradient_probe import probe_gradients
+from opd.training.record import evaluate_and_record, record_step
 from opd.training.result import TrainResult
 from opd.training.score_cache import check_caches
 from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
+from opd.training.shared_pass import score_and_sum_gradient, uses_shared_pass
 from opd.training.state import TaskState, TrainState, is_due
 from opd.training.step import count_tokens, make_row, roll_out, save_batch, with_view_effect
-from opd.training.trackers import Log, open_trackers, with_eval_prefix
-from opd.training.update import PreparedLoss, prepare_loss, update_student
+from opd.training.trackers import Log, open_trackers
+from opd.training.update import (
+    PreparedLoss,
+    SummedGradient,
+    prepare_loss,
+    task_shares,
+    update_student,
+)
 from opd.training.validation import validate
 
 BAR_COLUMNS = (
@@ -83,7 +85,9 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
     batches: list[ScoredBatch] = []
     losses: list[PreparedLoss] = []
     checks: list[dict[str, Tensor]] = []
+    summed: list[SummedGradient] = []
     probe_row: Row = {}
+    is_shared = all(uses_shared_pass(task, task_step) for task, task_step in jobs)
     laps = [time.perf_counter()]
     start_peak(student.device)
     with unsharded(student):
@@ -95,7 +99,19 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
             teacher = task.pair.teacher
             with teacher.on_device(student.device):
                 request = task.request_of_step(task_step)
-                batch = score_batch(student, teacher, prompts, rollouts, request)
+                if is_shared:
+                    batch, gradient = score_and_sum_gradient(
+                        state,
+                        task,
+                        prompts,
+                        rollouts,
+                        request,
+                        share=task_shares(tasks)[number],
+                        is_first=number == 0,
+                    )
+                    summed.append(gradient)
+                else:
+                    batch = score_batch(student, teacher, prompts, rollouts, request)
                 if any(lacks_distributions(other) for other in tasks):
                     # rows of a step have the same columns
                     batch = replace(batch, scored=batch.scored.with_fields(prefix=None))
@@ -111,7 +127,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
             losses.append(loss)
     laps.append(time.perf_counter())
 
-    numbers = update_student(state, tasks, losses, step)
+    numbers = update_student(state, tasks, losses, step, summed)
     prefetcher.wait()
     state.engine.sync(student)
     laps.append(time.perf_counter())
@@ -124,6 +140,9 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         ("rollout", "score", "update", "record"), laps, laps[1:], strict=False
     ):
         row[f"seconds/{name}"] = end - start
+    gradient_seconds = sum(gradient.seconds for gradient in summed)
+    row["seconds/score"] -= gradient_seconds
+    row["seconds/update"] += gradient_seconds
     num_tokens, costs = count_tokens(tasks, batches)
     row["machine/tokens_per_second"] = num_tokens / (laps[-1] - laps[0])
     row |= costs
@@ -323,83 +342,3 @@ def probe_task(
         max_logits_per_chunk=config.hardware.max_logits_per_chunk,
         blocks=config.record.probe_blocks,
     )
-
-
-def record_step(
-    state: TrainState, tasks: Sequence[TaskState], step: int, row: Row, log: Log
-) -> None:
-    """Append a step's row to the record, and print alarms, skipped updates and unread answers.
-
-    Args:
-        state: State of the run.
-        tasks: Tasks of the step.
-        step: Step of the run.
-        row: The step's row.
-        log: Logs a row to the trackers.
-    """
-    graders = {
-        task.name: state.unchecked_graders.pop(task.name)
-        for task in tasks
-        if task.name in state.unchecked_graders
-    }
-    if distributed.rank() > 0:
-        return
-    append_row(state.folder / "rows.jsonl", row)
-    log(step, row)
-    alarms: Sequence[Alarm] = tasks[0].monitor.raised
-    for alarm in alarms:
-        tqdm.write(escape_control_chars(str(alarm)), file=sys.stderr)
-    if row["skipped"]:
-        skipped = (
-            f"{row['skipped']:.0f} of {state.config.optimizer.updates_per_batch} updates skipped"
-        )
-        print_step_messages(step, [f"{skipped}: the gradient was not finite"])
-    print_step_messages(step, unread_step_messages(row, graders).values())
-
-
-def print_step_messages(step: int, messages: Iterable[str]) -> None:
-    """Print messages about a step to the terminal, above the progress bar."""
-    for message in messages:
-        tqdm.write(escape_control_chars(f"step {step}: {message}"), file=sys.stderr)
-
-
-def evaluate_and_record(state: TrainState, task: TaskState, step: int, log: Log) -> None:
-    """Append the held-out accuracy after `step` steps to evals.jsonl.
-
-    A task whose held-out problems have no answers is not evaluated.
-
-    Args:
-        state: State of the run.
-        task: The task.
-        step: Number of completed steps.
-        log: Logs a row to the trackers.
-    """
-    config, problems = task.config, task.problems
-    if isinstance(problems, Task) and not problems.has_test_answers:
-        return
-    with unsharded(state.student):
-        metrics = evaluate(
-            state.student,
-            task.pair.tokenizer,
-            task.pair.eos,
-            problems,
-            problems=config.evaluation.eval_problems,
-            max_prompt=config.data.max_prompt,
-            max_response=config.rollout.max_response,
-            temperature=config.evaluation.eval_temperature,
-            top_p=config.evaluation.eval_top_p,
-            samples=config.evaluation.eval_samples,
-            generator=torch.Generator().manual_seed(derive_seed(config.seed, step, EVALUATION)),
-            engine=state.engine,
-        )
-    if distributed.rank() > 0:
-        return
-    task_column = {"task": task.name} if task.name else {}
-    row = {"step": step, **task_column, **metrics}
-    append_row(state.folder / "evals.jsonl", row)
-    log(step, with_eval_prefix(row))
-    label = f"{task.name} accuracy" if task.name else "accuracy"
-    label += f" {metrics['accuracy']:.3f} [{metrics['low']:.3f}, {metrics['high']:.3f}]"
-    print_step_messages(step, [f"{label} on {metrics['problems']} held-out problems"])
-    if isinstance(problems, Task):
-        print_step_messages(step, unread_evaluation_messages(metrics, problems.name))

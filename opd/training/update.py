@@ -62,13 +62,27 @@ class PreparedLoss:
     weight: Tensor
     """(B, T) loss weight per token: importance ratio / loss denominator."""
     denominator: Tensor
-    """(B,) loss denominator of each response's update."""
+    """(B,) long, loss denominator of each response's update."""
     rows: list[list[int]]
     """Rows of this rank, by update."""
     micro_batches: list[list[MicroBatch]]
     """The rows of each update, split into micro-batches, equally many on every rank under FSDP."""
     expected: Tensor | None = None
     """What the first update's loss should be (`opd.training.checks.expected_loss`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class SummedGradient:
+    """The part of an update that a task's gradient was added to, in `grad` of the weights."""
+
+    loss: Tensor
+    """0-d weighted loss, detached."""
+    first_gradients: list[tuple[Tensor, Tensor]] | None
+    """Sampled gradients after the first micro-batch (`sampled_gradients`)."""
+    leftover: float = 0.0
+    """1 if a weight had a gradient before the first backward pass of a shared pass, otherwise 0."""
+    seconds: float = 0.0
+    """Seconds of the student's passes and of the loss while the batch was scored."""
 
 
 @torch.no_grad()
@@ -102,7 +116,7 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         all_ranks = all_ranks.restrict_mask(selected_tokens)
     all_ranks = all_ranks.with_fields(support=None, prefix=None)
     local_positions = torch.arange(len(all_ranks))[local_rows].tolist()
-    denominator = all_ranks.student_logp.new_ones(len(all_ranks))
+    denominator = all_ranks.prompt.new_ones(len(all_ranks))
     rows_by_update: list[list[int]] = []
     groups_by_update: list[list[MicroBatch]] = []
     expected: Tensor | None = None
@@ -201,8 +215,17 @@ def divisor_shares(
     return [divided_by(batch.rows(group), divisor) / total for group in groups]
 
 
+def task_shares(tasks: Sequence[TaskState]) -> list[float]:
+    """Return the weight of each task's loss in a step; they add up to 1."""
+    return [task.weight / sum(task.weight for task in tasks) for task in tasks]
+
+
 def update_student(
-    state: TrainState, tasks: Sequence[TaskState], losses: Sequence[PreparedLoss], step: int
+    state: TrainState,
+    tasks: Sequence[TaskState],
+    losses: Sequence[PreparedLoss],
+    step: int,
+    summed: Sequence[SummedGradient] = (),
 ) -> dict[str, Tensor | float]:
     """Take `updates_per_batch` optimizer steps, each on its part of every task's batch.
 
@@ -213,6 +236,8 @@ def update_student(
         tasks: Tasks of the step.
         losses: Loss of each task.
         step: Step of the run.
+        summed: Gradients of the tasks that were added while they were scored
+            (`opd.training.shared_pass`); none if they have yet to be computed.
 
     Returns:
         Columns of the row. loss and grad_norm are means over the updates; skipped counts updates
@@ -222,21 +247,24 @@ def update_student(
     rate = learning_rate(
         config.optimizer.lr, step, config.steps, config.optimizer.warmup, config.optimizer.schedule
     )
-    weights = [task.weight / sum(task.weight for task in tasks) for task in tasks]
+    weights = task_shares(tasks)
     teachers = {id(task.pair.teacher): task.pair.teacher for task in tasks}
     following = [teacher for teacher in teachers.values() if teacher.follows_student]
     loss_sums, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
     for update_index in range(config.optimizer.updates_per_batch):
-        optimizer.zero_grad()
-        leftover_gradient = has_leftover_gradient(optimizer)
-        total, gradients = torch.zeros((), device=student.device), None
-        for task, loss, weight in zip(tasks, losses, weights, strict=True):
-            task_total, first_gradients = accumulate_gradients(
-                state, task, loss, update_index, weight
-            )
-            total, gradients = total + task_total, gradients or first_gradients
-        lost_gradient = lost_gradient_share(gradients or [])
+        if summed:
+            parts, leftover_gradient = summed, summed[0].leftover
+        else:
+            optimizer.zero_grad()
+            leftover_gradient = has_leftover_gradient(optimizer)
+            parts = [
+                accumulate_gradients(state, task, loss, update_index, weight)
+                for task, loss, weight in zip(tasks, losses, weights, strict=True)
+            ]
+        total = torch.stack([part.loss for part in parts]).sum()
+        gradients = next((x.first_gradients for x in parts if x.first_gradients), [])
+        lost_gradient = lost_gradient_share(gradients)
         optimizer.all_reduce_gradients()
         weights_before = sample_before_step(optimizer) if update_index == 0 else None
         norm, applied = optimizer.step(rate, config.optimizer.max_grad_norm)
@@ -272,7 +300,7 @@ def update_student(
 
 def accumulate_gradients(
     state: TrainState, task: TaskState, loss: PreparedLoss, update_index: int, task_weight: float
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
+) -> SummedGradient:
     """Add the gradient of `task_weight` times the loss of one update.
 
     Args:
@@ -283,7 +311,7 @@ def accumulate_gradients(
         task_weight: Weight of the task's loss.
 
     Returns:
-        The weighted loss, detached, and sampled gradients after the first micro-batch.
+        The weighted loss, and sampled gradients after the first micro-batch.
     """
     student, config = state.student, task.config
     total, first_gradients = torch.zeros((), device=loss.weight.device), None
@@ -306,7 +334,7 @@ def accumulate_gradients(
                 micro_loss.backward()
             total = total + micro_loss.detach()
             first_gradients = first_gradients or sampled_gradients(state.optimizer)
-    return total, first_gradients
+    return SummedGradient(total, first_gradients)
 
 
 def split_rows(prompts: list[int], updates: int) -> list[list[int]]:

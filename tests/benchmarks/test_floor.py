@@ -28,7 +28,8 @@ from opd.models.model import CausalLM, split_head
 from opd.objectives.catalogue import OBJECTIVES
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import policy_loss
-from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import ScoredBatch, score_batch
 from opd.teachers.teacher import LocalTeacher
 
 V, ROWS, PROMPT, RESPONSE, K = 97, 3, 5, 4, 6

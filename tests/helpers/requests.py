@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from opd.scoring.score import METRICS_ONLY, ScoreRequest
+from opd.scoring.request import METRICS_ONLY, ScoreRequest
 
 LIMITS = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
 """Memory limits that split the small batches of tests."""

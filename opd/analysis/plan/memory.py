@@ -56,6 +56,11 @@ class StepCounts:
     """Forward pass, loss and backward pass of a micro-batch."""
     optimizer: Counts
     """Clipping and AdamW."""
+    shares_pass: bool
+    """Whether scores and gradient come from one pass (`opd.training.shared_pass`); `update` then
+    holds the student's forward pass of both."""
+    shares_heads: bool
+    """Whether they also share the heads; `score_chunks` then counts statistics only."""
 
 
 def batch_bytes(workload: Workload, config: Config, needs: Requirements, width: int) -> float:
@@ -125,7 +130,8 @@ def plan_phases(
         if is_sharded
         else student_term
     )
-    batch = Term("scored batch", batch_bytes(workload, config, needs, teacher_width))
+    kept_width = 0 if counts.shares_pass else teacher_width
+    batch = Term("scored batch", batch_bytes(workload, config, needs, kept_width))
     phases = []
     for name, rollout in zip(
         ("rollout", "evaluation"), (counts.rollout, counts.evaluation), strict=True
@@ -141,14 +147,20 @@ def plan_phases(
         phases = [Phase("rollout", (student_term, *states, gradients, *idle_teacher, vllm))]
         idle_teacher, update_teacher = [*idle_teacher, vllm], [*update_teacher, vllm]
         teacher = [*teacher, vllm]
-    forward = counts.student_forward
-    kept_bytes, peak = forward.kept_bytes, forward.peak
+    kept_bytes = peak = 0.0
     if counts.teacher_forward is not None:
-        peak = max(peak, kept_bytes + counts.teacher_forward.peak)
-        kept_bytes += counts.teacher_forward.kept_bytes
-    peak = max(peak, kept_bytes + counts.score_chunks.peak)
+        kept_bytes, peak = counts.teacher_forward.kept_bytes, counts.teacher_forward.peak
+    forward = counts.update if counts.shares_pass else counts.student_forward
+    if not counts.shares_pass:
+        peak = max(peak, kept_bytes + forward.peak)
+    peak = max(peak, kept_bytes + forward.kept_bytes + counts.score_chunks.peak)
     scoring = Term("hidden states and logits of a micro-batch", peak)
-    phases.append(Phase("scoring", (student_term, *states, gradients, *teacher, batch, scoring)))
+    earlier_gradients = [gradients]
+    if counts.shares_pass and not workload.has_several_micro_batches:
+        earlier_gradients = []  # those of the step before are removed first
+    phases.append(
+        Phase("scoring", (student_term, *states, *earlier_gradients, *teacher, batch, scoring))
+    )
     update = counts.update
     peak_gradients = Term("gradients at that time", update.gradients / parts)
     activations = Term("activations and logits of a micro-batch", update.peak - update.gradients)

@@ -17,9 +17,11 @@ from opd.analysis.plan.step_time import Activity, plan_activities
 from opd.analysis.plan.workload import Workload, make_workload
 from opd.config.prefixes import parse_prefixes
 from opd.config.settings import Config
+from opd.scoring.chosen_ids import STUDENT_SUPPORTS
 from opd.teachers.teacher import AdapterFreeTeacher, EmaTeacher, LocalTeacher, teacher_type
 from opd.training.multitask import task_configs
 from opd.training.setup import objective_from_config
+from opd.training.shared_pass import allows_shared_pass, shares_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,9 @@ def count_step(
     objective = objective_from_config(config)
     needs, rows = objective.requirements, workload.micro_batch
     reads_head = needs.support == "full"
+    reads_student_ids = teacher is None and needs.support in STUDENT_SUPPORTS
+    shares_pass = not reads_student_ids and allows_shared_pass(config, objective)
+    has_distributions = shares_pass and shares_heads(config, objective)
     rollout, evaluation = count_sampling(config, workload, student, teacher, vocabulary, machine)
     return StepCounts(
         rollout=rollout,
@@ -180,7 +185,14 @@ def count_step(
         if teacher is None
         else count_forward(teacher, workload.teacher_micro_batch, vocabulary, machine),
         score_chunks=count_score_chunk(
-            student, teacher, vocabulary, rows.tokens, config, needs, machine
+            student,
+            teacher,
+            vocabulary,
+            rows.tokens,
+            config,
+            needs,
+            machine,
+            has_distributions=has_distributions,
         ),
         update=count_update(
             student,
@@ -193,6 +205,8 @@ def count_step(
             has_gradients=workload.has_several_micro_batches,
         ),
         optimizer=count_optimizer(student, machine),
+        shares_pass=shares_pass,
+        shares_heads=has_distributions,
     )
 
 

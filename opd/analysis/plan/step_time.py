@@ -49,10 +49,11 @@ def plan_activities(
         ):
             activities.append(Activity(name, batches * part.seconds, batches * part.flops))
     repeats = workload.num_passes(workload.micro_batch)
-    forward = [("scoring: student", counts.student_forward)]
+    forward = [] if counts.shares_pass else [("scoring: student", counts.student_forward)]
     if counts.teacher_forward is not None:
         forward.append(("scoring: teacher", counts.teacher_forward))
-    forward.append(("scoring: logits and statistics", counts.score_chunks))
+    phase = "update" if counts.shares_heads else "scoring"  # where the trainer's clock counts it
+    forward.append((f"{phase}: logits and statistics", counts.score_chunks))
     activities += [
         Activity(name, repeats * part.seconds, repeats * part.flops) for name, part in forward
     ]

@@ -11,7 +11,7 @@ from opd.config.settings import Config
 from opd.models.lm_head import LogitsHead
 from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
-from opd.training.gradient_probe import family_gradients
+from opd.training.probe.gradient_probe import family_gradients
 
 ESTIMATORS = {
     "snr": ("plain", 0.0),

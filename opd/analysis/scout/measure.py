@@ -24,7 +24,8 @@ from opd.config.settings import Config, with_settings
 from opd.data.prompts import encode_prompts
 from opd.data.tasks import prompt_hash
 from opd.runtime.seeds import ROLLOUT
-from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+from opd.scoring.request import METRICS_ONLY, ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import teacher_type

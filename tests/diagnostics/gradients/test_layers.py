@@ -32,8 +32,8 @@ from opd.objectives.factory import make_objective
 from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import LocalTeacher
-from opd.training.block_gradients import block_gradient_sketches, hidden_state_gradients
-from opd.training.gradient_probe import probe_gradients, supervised_hidden_states
+from opd.training.probe.block_gradients import block_gradient_sketches, hidden_state_gradients
+from opd.training.probe.gradient_probe import probe_gradients, supervised_hidden_states
 from opd.training.update import PreparedLoss
 from tests.diagnostics.gradients.test_probe import seeded
 from tests.helpers.sketches import matrix_sketch

@@ -80,7 +80,7 @@ def test_turns_and_trajectories_have_one_gradient(
         (task,) = state.tasks
         batch = score_episodes(pair, prompts, rollouts, task.objective.support)
         network.zero_grad()
-        loss, _ = accumulate_gradients(state, task, prepare_loss(task, batch), 0, 1.0)
+        loss = accumulate_gradients(state, task, prepare_loss(task, batch), 0, 1.0).loss
         gradients.append([p.grad.clone() for p in network.parameters()] + [loss])
     turns = [turn for episode in episodes for turn in episode.turns]
     num_tokens = sum(len(turn.response) for turn in turns)

@@ -42,7 +42,7 @@ NEWER = {
     *("allow_faulty_loss", "chat_template", "logger_columns", "loss_divisor", "metrics"),
     *("template", "ema_resync_every", "max_teacher_prompt", "teacher_system", "teacher_template"),
     *("teacher_eos", "teacher_thinking", "teacher_view", "view_control", "view_metrics_every"),
-    *("prefixes", "response_column"),
+    *("prefixes", "response_column", "share_forward_pass"),
 }
 """Settings that are newer than the recorded runs, which have their defaults."""
 

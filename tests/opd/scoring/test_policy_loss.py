@@ -19,7 +19,8 @@ from opd.objectives.factory import make_objective
 from opd.objectives.reduction import DENOMINATORS
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import policy_loss, policy_losses
-from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import ScoredBatch, score_batch
 from opd.teachers.pair import ModelPair, load_pair
 from opd.training import update as updates
 from opd.training.train import train
@@ -215,7 +216,7 @@ def test_the_trainer_has_the_same_loss_and_gradient(
         )
         own_gradients = torch.autograd.grad(own_loss, parameters)
         result = original(state, task, loss, update_index, task_weight)
-        torch.testing.assert_close(result[0], own_loss.detach(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(result.loss, own_loss.detach(), atol=1e-6, rtol=1e-5)
         for parameter, gradient in zip(parameters, own_gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
         compared.append(float(own_loss.detach()))
@@ -230,6 +231,7 @@ def test_the_trainer_has_the_same_loss_and_gradient(
             eval_every=0,
             eval_problems=1,
             max_tokens_per_microbatch=60,
+            share_forward_pass=False,
             **options,
         )
     )

@@ -14,7 +14,8 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.pair import ModelPair, load_pair
 from opd.tokens.eos import EosMap
 from tests.helpers.requests import full_request, lean_request

@@ -63,6 +63,28 @@ def two_task_config(tiny_pair, sources, out: Path, **changes: object) -> Config:
     return settings(tiny_pair, out, **({"tasks": tasks} | changes))
 
 
+@pytest.mark.parametrize("objective", ["teacher_topk", "full_reverse_kl"])
+def test_a_mixed_step_has_the_same_rows_with_one_forward_pass_and_two(
+    tiny_pair, sources, tmp_path: Path, objective: str
+) -> None:
+    changes = {"task_order": "mixed", "steps": 2, "objective": objective, "rescore_every": 0}
+    shared, separate = (
+        rows(
+            train(
+                two_task_config(
+                    tiny_pair, sources, tmp_path / str(is_shared),
+                    share_forward_pass=is_shared, max_tokens_per_microbatch=60, **changes,
+                )
+            ).folder
+        )
+        for is_shared in (True, False)
+    )  # fmt: skip
+    for row, reference in zip(shared, separate, strict=True):
+        assert row.keys() == reference.keys()
+        for key in ("loss", "grad_norm", "divergence/k1", "update/leftover_gradient"):
+            assert row[key] == pytest.approx(reference[key], rel=1e-4), key
+
+
 def dense(network, config: Config, batch: ScoredRollouts) -> Tensor:
     """(B, T, V) log-probabilities of one task's rows, each scored without padding."""
     tokenizer, _ = load_model(config.student, "cpu", "float32")

@@ -17,6 +17,8 @@ from opd.config.settings import Config
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.models.loading import load_model
+from opd.scoring import loss as scoring_loss
+from opd.training import shared_pass
 from opd.training import update as updates
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
@@ -355,19 +357,22 @@ def test_shares_keep_the_rollouts_of_a_prompt_together() -> None:
     assert updates.split_rows(prompts, 4) == [[2, 3], [4, 5], [0, 1], [6, 7]]
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["one pass", "two passes"])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
-    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, is_shared: bool
 ) -> None:
     """A fault in the second of three steps; the run continues with unchanged weights."""
-    original, calls = updates.micro_batch_loss, []
+    module = shared_pass if is_shared else scoring_loss
+    original, calls = module.loss_from_hidden, []
 
     def faulty(*args, **kwargs):
         calls.append(1)
         loss = original(*args, **kwargs)
         return loss * float("inf") if len(calls) == 2 else loss
 
-    monkeypatch.setattr(updates, "micro_batch_loss", faulty)
-    folder = train(one_step_config(tiny_pair, tmp_path / "run", steps=3)).folder
+    monkeypatch.setattr(module, "loss_from_hidden", faulty)
+    config = one_step_config(tiny_pair, tmp_path / "run", steps=3, share_forward_pass=is_shared)
+    folder = train(config).folder
     run_rows = rows(folder)
     assert [row["skipped"] for row in run_rows] == [0, 1, 0]
     assert "1 of 1 updates skipped" in capsys.readouterr().err

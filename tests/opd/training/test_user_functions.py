@@ -18,7 +18,8 @@ from opd.config.settings import with_settings
 from opd.library import sample
 from opd.objectives.user_loss import PARAMETERS, load_user_loss, loss_values, try_user_loss
 from opd.scoring import user_loss
-from opd.scoring.score import ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.pair import load_pair
 from opd.training.train import train
 from opd.training.update import divided_by, divisor_shares

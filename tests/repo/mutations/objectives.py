@@ -161,11 +161,11 @@ REDUCTION = {
         "_check_not_empty(0 * batch.mask.sum() + len(batch)).expand(",
     ),
     "sequence mean without its length": (
-        "batch.mask.sum(1).clamp(min=1).to",
-        "batch.mask.sum(1).clamp(min=1, max=1).to",
+        "batch.mask.sum(1).clamp(min=1) *",
+        "batch.mask.sum(1).clamp(min=1, max=1) *",
     ),
     "group mean over responses": ("* (sampled > 0).sum()", "* _responses(batch)"),
-    "group mean without its tokens": ("tokens.clamp(min=1).to", "tokens.clamp(min=1, max=1).to"),
+    "group mean without its tokens": ("tokens.clamp(min=1) *", "tokens.clamp(min=1, max=1) *"),
 }
 OBJECTIVE = {
     "masked costs always counted": ('self.mask_scope == "loss"', "True"),

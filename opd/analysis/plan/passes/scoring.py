@@ -22,7 +22,8 @@ from opd.config.settings import Config
 from opd.models.forward import product_logp
 from opd.models.lm_head import block_slices, cached_elements, chunk_elements, chunk_slices
 from opd.objectives.requirements import Requirements
-from opd.scoring.score import ScoreRequest, full_columns
+from opd.scoring.columns import full_columns
+from opd.scoring.request import ScoreRequest
 
 
 @torch.no_grad()
@@ -58,6 +59,8 @@ def count_score_chunk(
     config: Config,
     needs: Requirements,
     machine: Machine,
+    *,
+    has_distributions: bool = False,
 ) -> Counts:
     """Count what scoring does with the logits of one chunk of tokens.
 
@@ -72,6 +75,7 @@ def count_score_chunk(
         config: Settings.
         needs: What the loss reads.
         machine: Machine whose time is counted.
+        has_distributions: Whether the loss has computed the distributions that the columns read.
 
     Returns:
         The counts of one chunk, scaled to all chunks of the pass.
@@ -92,14 +96,18 @@ def count_score_chunk(
             product_logp(model.head, z[block], temperature)
             for model, z in zip(models, products, strict=True)
         ]
+        before_columns = counter.counts()
         if teacher is None:
             logp[0].gather(-1, tokens[:, None])
         else:
             full_columns(logp[0], logp[1], tokens, request)
     counts = counter.counts()
-    sums = {
-        name: getattr(before_block, name)
-        + chunk.stop / block.stop * (getattr(counts, name) - getattr(before_block, name))
-        for name in SUMS
-    }
-    return replace(counts, **sums, kept_bytes=0.0).scaled(num_tokens / chunk.stop)
+    blocks_per_chunk, sums = chunk.stop / block.stop, {}
+    for name in SUMS:
+        once, end = getattr(before_block, name), getattr(counts, name)
+        if has_distributions:
+            sums[name] = blocks_per_chunk * (end - getattr(before_columns, name))
+        else:
+            sums[name] = once + blocks_per_chunk * (end - once)
+    peak = 0.0 if has_distributions else counts.peak  # the loss needs more at the same time
+    return replace(counts, **sums, peak=peak, kept_bytes=0.0).scaled(num_tokens / chunk.stop)

@@ -12,7 +12,8 @@ from opd.analysis.plan.memory import batch_bytes
 from opd.analysis.plan.plan import make_plan
 from opd.analysis.plan.workload import make_workload
 from opd.models.model import split_head
-from opd.scoring.score import ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.teacher import LocalTeacher
 from opd.training.setup import objective_from_config
 from tests.opd.analysis.plan.pairs import MACHINE, padded_rows, real_network, saved, settings

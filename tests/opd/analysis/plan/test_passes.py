@@ -23,7 +23,8 @@ from opd.models.forward import response_hidden_states
 from opd.models.model import split_head
 from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
-from opd.scoring.score import ScoreRequest, score_batch
+from opd.scoring.request import ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.teacher import LocalTeacher
 from opd.training.optimizer import make_optimizer
 from opd.training.setup import objective_from_config

@@ -41,7 +41,11 @@ def test_weights_and_states_of_every_phase(pair: tuple[str, str]) -> None:
     for phase in ("rollout", "scoring", "optimizer"):
         parts = terms(plan, phase)
         assert parts["student"] == 2 * n
-        assert parts["float32 master weights"] == parts["gradients"] == 4 * n
+        assert parts["float32 master weights"] == 4 * n
+        if phase == "scoring":
+            assert "gradients" not in parts, "those of the step before are removed first"
+        else:
+            assert parts["gradients"] == 4 * n
         assert parts["AdamW moments"] == 8 * n
         assert parts["teacher"] == 2 * m
     assert terms(plan, "optimizer")["temporaries of AdamW"] == pytest.approx(4 * n, rel=0.02), (
@@ -141,7 +145,7 @@ def test_sizes_of_a_step() -> None:
 
 def test_time_is_in_proportion_to_work(pair: tuple[str, str]) -> None:
     def seconds(**changes: Any) -> dict[str, float]:
-        config = settings(*pair, max_tokens_per_microbatch=192, **changes)
+        config = settings(*pair, max_tokens_per_microbatch=192, share_forward_pass=False, **changes)
         machine = replace(MACHINE, seconds_per_operation=0.0)
         return {x.name: x.seconds for x in make_plan(config, machine).activities}
 
@@ -156,6 +160,34 @@ def test_time_is_in_proportion_to_work(pair: tuple[str, str]) -> None:
         - once["update: forward, loss, backward"]
     )
     assert extra == pytest.approx(once["scoring: student"], rel=0.25), "a second forward pass"
+
+
+@pytest.mark.parametrize("objective", ["teacher_topk", "full_reverse_kl"])
+def test_a_shared_pass_saves_a_forward_pass_and_on_the_vocabulary_both_heads(
+    pair: tuple[str, str], objective: str
+) -> None:
+    def plan(**changes: Any) -> Plan:
+        return make_plan(settings(*pair, objective=objective, **changes), MACHINE)
+
+    def flops(planned: Plan) -> dict[str, float]:
+        return {x.name: x.flops for x in planned.activities}
+
+    shared, separate = plan(), plan(share_forward_pass=False)
+    forward = flops(separate).pop("scoring: student")
+    heads = flops(separate)["scoring: logits and statistics"]
+    saved_flops = forward + (heads if objective == "full_reverse_kl" else 0)
+    assert forward > 0
+    assert heads > 0
+    assert ("update: logits and statistics" in flops(shared)) == (objective == "full_reverse_kl")
+    assert sum(flops(separate).values()) - sum(flops(shared).values()) == saved_flops
+    assert shared.step_seconds < separate.step_seconds
+    memory = "hidden states and logits of a micro-batch"
+    if objective == "teacher_topk":
+        assert terms(shared, "scoring")[memory] > terms(separate, "scoring")[memory], "activations"
+    for changes in ({"updates_per_batch": 2}, {"offload_teacher": True}):
+        assert "scoring: student" in flops(plan(**changes))
+    sharded = settings(*pair, objective=objective, sharding="full")
+    assert "scoring: student" in flops(make_plan(sharded, MACHINE, gpus=2))
 
 
 def test_remedies_are_planned_again_until_the_run_fits(pair: tuple[str, str]) -> None:

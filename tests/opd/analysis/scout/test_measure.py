@@ -19,9 +19,10 @@ from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts, encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, CONTROL, ROLLOUT, derive_seed
-from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
+from opd.scoring.request import METRICS_ONLY, ScoreRequest
+from opd.scoring.score import score_batch
 from opd.teachers.pair import ModelPair, load_pair
-from opd.training import gradient_probe
+from opd.training.probe import gradient_probe
 from opd.training.setup import load_problem_task
 
 PROMPTS, GROUP, RESPONSE = 10, 3, 24

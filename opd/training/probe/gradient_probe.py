@@ -45,7 +45,7 @@ from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
 from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
-from opd.training.block_gradients import (
+from opd.training.probe.block_gradients import (
     block_gradient_sketches,
     block_loss_gradients,
     hidden_state_gradients,

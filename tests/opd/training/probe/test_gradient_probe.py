@@ -20,7 +20,7 @@ from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.lab.build import make_tokenizer
 from opd.models.loading import load_model
-from opd.training import gradient_probe
+from opd.training.probe import gradient_probe
 from opd.training.train import train
 
 PROMPTS, GROUP = 5, 3
