@@ -16,7 +16,7 @@ from diagnostics.stats import gain_interval, problem_accuracies, share_interval
 def last_evaluations(table: pd.DataFrame) -> pd.DataFrame:
     """Return the last evaluation of every run and task."""
     keys = ["group", "method", "seed", "task"]
-    return table.sort_values("step").groupby(keys, dropna=False).tail(1)
+    return table.sort_values("step").drop_duplicates(keys, keep="last")
 
 
 def outcome_matrix(table: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -116,23 +116,6 @@ def mean_interval(differences: pd.DataFrame) -> tuple[float, float, float]:
     return float(values.mean()), *gain_interval(values)
 
 
-def difference_of_gains(
-    table: pd.DataFrame, regime: str, method: str, baseline: str
-) -> pd.DataFrame:
-    """Compute what a method gains beyond another, paired by pair and problem.
-
-    Args:
-        table: A table with COLUMNS.
-        regime: A group of it.
-        method: A method.
-        baseline: The method that it is compared with.
-
-    Returns:
-        (pairs, problems) differences over the pairs that both have; empty if there are none.
-    """
-    return paired_gains(gains(table, regime, method), gains(table, regime, baseline))
-
-
 def paired_gains(of_method: pd.DataFrame, of_baseline: pd.DataFrame) -> pd.DataFrame:
     """Subtract the `gains` of a baseline from those of a method, over the pairs that both have."""
     pairs = of_method.index.intersection(of_baseline.index)
@@ -158,25 +141,32 @@ def summarize_regimes(
         and PAIR_MEASUREMENTS.
     """
     records = []
+    names = [*PAIR_KNOBS, *PAIR_MEASUREMENTS]
+    cells = dict(iter(table.groupby(["group", "method"])))  # comparing names of all rows takes long
     for regime in regimes:
+        gained = {
+            method: gains(cells[regime, method], regime, method)
+            for method in dict.fromkeys([*methods, baseline])
+            if (regime, method) in cells
+        }
         for method in methods:
-            differences = (
-                difference_of_gains(table, regime, method, baseline)
-                if baseline
-                else gains(table, regime, method)
-            )
+            if method not in gained or (baseline and baseline not in gained):
+                continue
+            differences = gained[method]
+            if baseline:
+                differences = paired_gains(differences, gained[baseline])
             if differences.empty:
                 continue
-            rows = table[(table["group"] == regime) & (table["method"] == method)]
+            rows = cells[regime, method]
             rows = rows[rows["seed"].isin(differences.index)]
             value, low, high = mean_interval(differences)
             records.append(
                 {"regime": regime, "method": method, "pairs": len(differences)}
                 | {"value": value, "low": low, "high": high}
-                | {"start": rows[rows["step"] == 0]["accuracy"].mean()}
+                | {"start": rows.loc[rows["step"] == 0, "accuracy"].mean()}
                 | {"final": last_evaluations(rows)["accuracy"].mean()}
                 | {"collapsed": len(collapsed_seeds(rows, method))}
-                | {name: rows[name].mean() for name in (*PAIR_KNOBS, *PAIR_MEASUREMENTS)}
+                | rows[names].mean().to_dict()
             )
     if not records:
         raise InvalidInput(

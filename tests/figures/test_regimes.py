@@ -11,8 +11,8 @@ from diagnostics.errors import InvalidInput
 from diagnostics.stats import gain_interval
 from figures import style
 from figures.collect.regimes import (
-    difference_of_gains,
     gains,
+    paired_gains,
     regimes_of,
     regimes_table,
     summarize_regimes,
@@ -91,13 +91,15 @@ def test_a_gain_is_the_last_outcome_minus_the_first_of_the_same_problem(
 
 
 def test_differences_are_paired_by_pair_of_models_and_problem(table: pd.DataFrame) -> None:
-    differences = difference_of_gains(table, "density-8", "sampled_mask", "sampled")
+    masked, plain = (gains(table, "density-8", x) for x in ("sampled_mask", "sampled"))
+    differences = paired_gains(masked, plain)
     # gains of the mask: 0100 and 0000; without: -1 00 -1 and 00 -1 0
     assert differences.to_numpy().tolist() == [[1, 1, 0, 1], [0, 0, 1, 0]]
     # only pair 0 has both in density-0
     row = summarize_regimes(table, ["density-0"], ["sampled_mask"], "sampled").iloc[0]
     assert (row["pairs"], row["value"]) == (1, 0.0)
-    assert difference_of_gains(table, "density-1", "lsm", "sampled").empty
+    absent, plain = (gains(table, "density-1", x) for x in ("lsm", "sampled"))
+    assert paired_gains(absent, plain).empty
 
 
 def test_collapses_are_counted(table: pd.DataFrame) -> None:
