@@ -163,10 +163,8 @@ def reward_and_exact_kl(student_logits, teacher_logits, student_logp, reward, ma
 @right("mixture", "expected_reward", "token_reverse_kl", caveats=STALE)
 def leave_one_out_and_log_ratio(student_logp, teacher_logp, reward, prompt, mask, beta=0.2):
     """Advantage of the reward within the group, plus the teacher's log-ratio of each token."""
-    advantage, prompts = torch.empty_like(reward), prompt.tolist()
-    for i in range(len(reward)):
-        rest = [j for j in range(len(reward)) if j != i and prompts[j] == prompts[i]]
-        advantage[i] = reward[i] - (reward[rest].mean() if rest else 0.0)
+    same = (prompt[:, None] == prompt).to(reward).fill_diagonal_(0)
+    advantage = reward - same @ reward / same.sum(1).clamp(min=1)
     per_token = advantage[:, None] + beta * (teacher_logp - student_logp.detach())
     return -(per_token * student_logp)[mask].sum() / mask.sum()
 
