@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,19 @@ from opd.experiments import demo
 from opd.experiments.subcommand import run_opd
 from tests.helpers.paths import ROOT
 from tests.helpers.warm_process import run_process, start_process
+
+IMPORTED_BY_COMMANDS = (
+    "figures.__main__",
+    "figures.runs.training",
+    "figures.study.bias_variance",
+    "matplotlib.backends.backend_pdf",
+    "opd.cli.lab",
+    "opd.cli.train",
+    "pandas",
+    "synthetic.experiments.bias_variance",
+    "synthetic.runner.run",
+)
+"""What the commands of the demo import, once for all of its forks."""
 
 
 def run_command(words: list[str]) -> None:
@@ -51,9 +65,8 @@ def run_demo_in_group(out: Path, *options: str) -> None:
     The commands are forks, which spares each the start of an interpreter and most imports;
     `test_a_command_is_a_process_of_its_own` is about the processes of the demo.
     """
-    import matplotlib.figure  # noqa: F401
-    import pandas  # noqa: F401
-
+    for name in IMPORTED_BY_COMMANDS:
+        import_module(name)
     os.setsid()
     demo.run_opd = fork_command
     demo.main(["--smoke", "--out", str(out), *options])
