@@ -13,7 +13,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.rows import Row
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.training import train
 
 PAIRS = {
@@ -89,8 +88,10 @@ def measure(name: str, size: tuple[int, ...], args: Any) -> None:
             folder, folder / "plain", rows=num_rows, response=response, steps=args.steps + 1
         )
         plain_rows = run_rows(plain)
-        sparse = run_rows(replace(plain, out=str(folder / "sparse"), full_metrics_every=10**6))
-        saved = run_rows(replace(plain, out=str(folder / "saved"), steps=1, save_batch_every=1))
+        few_statistics: dict[str, Any] = {"full_metrics_every": 10**6}
+        sparse = run_rows(with_settings(plain, out=str(folder / "sparse"), **few_statistics))
+        saving: dict[str, Any] = {"steps": 1, "save_batch_every": 1}
+        saved = run_rows(with_settings(plain, out=str(folder / "saved"), **saving))
         batch = load_batch(folder / "saved" / "batches" / "step_000000.safetensors")
     assert len(saved) == 1
     assert isinstance(batch, ScoredRollouts)
