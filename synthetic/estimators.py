@@ -263,7 +263,8 @@ def terms(
         InvalidInput: If the loss is not affine in its credit, or a top-K objective has no k.
     """
     mdp, (s, a) = tokens.mdp, tokens.acting.shape
-    reads_statistics = objective.requirements.distributions
+    costs = (objective.own_cost, objective.later_cost)
+    reads_statistics = any(cost.distributions for cost in costs)  # of any discount
     trajectories = tokens.with_statistics if reads_statistics else tokens.trajectories
     trajectories = with_support(trajectories, *tokens.logits, objective.support, k)
     factor, weight = ("sequence", "none") if ratio == "sequence" else ("none", ratio)

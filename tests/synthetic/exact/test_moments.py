@@ -206,6 +206,14 @@ def test_no_baseline_has_less_variance_than_the_optimal_one() -> None:
     assert least < variance(moments.baseline(mdp, student, teacher, "value", 0.7))
 
 
+@pytest.mark.parametrize("name", [n for n, x in ESTIMATORS.items() if x.family and not x.grouped])
+def test_a_baseline_without_later_costs_is_the_limit_of_small_discounts(name: str) -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    local, limit = (moments.baseline(mdp, student, teacher, name, g) for g in (0.0, 1e-9))
+    torch.testing.assert_close(local, limit, atol=1e-7, rtol=1e-7)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_leave_one_out_group_equals_the_sum_over_all_groups(size: int) -> None:
     mdp = replace(worlds()["ending"], horizon=2 if size == 3 else 3)
