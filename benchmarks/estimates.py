@@ -129,16 +129,18 @@ def proxies(world: World, count: int, true: Tensor) -> list[tuple[str, list[floa
             ):
                 columns.setdefault(f"{name}@{gamma}", []).append(float(f(-credit, w, batch.mask)))
         x, _ = gradients(world, size, 300 + seed, ("plain",))
-        for g, gamma in ((0, 0.0), (2, 1.0)):
+        for g, discount in ((0, 0.0), (2, 1.0)):
             sample_variance = signal_and_noise(x[:, g, 0], torch.arange(size))["variance"].value
-            columns.setdefault(f"sample variance (ours)@{gamma:g}", []).append(sample_variance)
+            columns.setdefault(f"sample variance (ours)@{discount:g}", []).append(sample_variance)
             micro = x[: size // 8 * 8, g, 0].view(-1, 8, x.shape[-1]).mean(1)
             micro = micro[: len(micro) // 8 * 8].view(-1, 8, x.shape[-1])
             micro_variance = (micro - micro.mean(1, keepdim=True)).square().sum(-1).mean()
-            columns.setdefault(f"8 micro-batches of 8 (toy)@{gamma:g}", []).append(
+            columns.setdefault(f"8 micro-batches of 8 (toy)@{discount:g}", []).append(
                 float(micro_variance)
             )
-            columns.setdefault(f"Adam's v - m^2 times 8@{gamma:g}", []).append(8 * adam(x[:, g, 0]))
+            columns.setdefault(f"Adam's v - m^2 times 8@{discount:g}", []).append(
+                8 * adam(x[:, g, 0])
+            )
     return [(name, v, float(true[int(name.endswith("@1"))])) for name, v in columns.items()]
 
 

@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def measure_blocks(rows: int = 16, width: int = 128) -> None:
         probed_blocks = [make_block(pair.student.network, pattern)]
         with torch.no_grad():
             args = (pair.student, prompts, batch, slopes, probed_blocks, 0.0, 16384)
-            block_sketches, block_seconds = timed(lambda args=args: block_gradient_sketches(*args))
+            block_sketches, block_seconds = timed(partial(block_gradient_sketches, *args))
         row = gradient_row(block_sketches[pattern], prefix=pattern)
         print(
             f"{pattern:28} {block_seconds / unit:6.2f} updates, "

@@ -88,6 +88,8 @@ def vectorised_against_loop(states: int, actions: int, horizon: int) -> None:
     mdp, student, teacher = make_world(states, actions, horizon)
     objective = ESTIMATORS["plain"].sampled_objective(1.0)
     cost = student.log_softmax(-1) - teacher.log_softmax(-1)
+    transition = mdp.transition
+    assert isinstance(transition, torch.Tensor)
     generator = seeded(3)
 
     def single_gradient() -> torch.Tensor:
@@ -100,7 +102,7 @@ def vectorised_against_loop(states: int, actions: int, horizon: int) -> None:
             token = int(torch.multinomial(logp.detach().exp(), 1, generator=generator))
             logps.append(logp[token])
             costs.append(cost[state, token])
-            state = int(torch.multinomial(mdp.transition[state, token], 1, generator=generator))
+            state = int(torch.multinomial(transition[state, token], 1, generator=generator))
         to_go = torch.stack(costs).flip(0).cumsum(0).flip(0)
         (gradient,) = torch.autograd.grad((torch.stack(logps) * to_go).sum(), live)
         return gradient

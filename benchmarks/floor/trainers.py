@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,7 +211,7 @@ def train_trl(
 
     clocks: list[Clock] = []
 
-    class Timer(TrainerCallback):  # type: ignore[misc]
+    class Timer(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             clocks.append(Clock(size, "full_reverse_kl"))
 
@@ -234,7 +235,7 @@ def train_trl(
 
 
 TRAINERS: dict[str, Callable[[Size], dict[str, Any]]] = {
-    **{name: lambda size, name=name: run_toolkit(size, name) for name in OBJECTIVES},
+    **{name: partial(run_toolkit, objective=name) for name in OBJECTIVES},
     "trl": run_trl,
     "gkd": run_gkd,
 }

@@ -91,7 +91,7 @@ def dequantised(quantised: Any, plain: Any) -> Any:
     network = copy.deepcopy(plain)
     for name, module in quantised.named_modules():
         weight, kind = getattr(module, "weight", None), type(module).__name__
-        if kind == "Linear4bit":
+        if weight is not None and kind == "Linear4bit":
             values = functional.dequantize_4bit(weight.data, weight.quant_state)
         elif kind == "Linear8bitLt":
             values = int8_values(module)

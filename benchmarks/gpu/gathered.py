@@ -93,7 +93,7 @@ def triton_kernels() -> Iterator[None]:
     from opd.models import gathered_head_triton as kernels
 
     previous = gathered_head.select_kernels
-    gathered_head.select_kernels = lambda _: gathered_head.Kernels(
+    gathered_head.select_kernels = lambda hidden: gathered_head.Kernels(
         kernels.product, kernels.hidden_gradient, kernels.weight_gradient
     )
     try:

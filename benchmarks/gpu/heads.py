@@ -32,7 +32,7 @@ def measure_heads(width: int, setting: Setting) -> Iterator[Row]:
         inputs = make_case(fitting, d, v, k, ids, dtype, setting.device)
         rows = len(inputs.ids.unique())
         label = f"d = {d}, N = {fitting:,}, ids {ids} ({rows:,} rows)"
-        bare = milliseconds(lambda inputs=inputs: matmul(inputs), setting.device, repeats)
+        bare = milliseconds(partial(matmul, inputs), setting.device, repeats)
         yield Measurement(f"{label}: {MATMUL}", bare, "ms", note=note)
         for name, loss in (TOPK if ids == "as in text" else {**TOPK, **FULL}).items():
             if name == MATMUL:

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.gpu.networks import small_network
 from benchmarks.gpu.result import Check, Measurement, Row
 from benchmarks.gpu.setting import Setting
+from opd.models.lm_head import LmHead
 from opd.models.model import split_head
 from opd.objectives.divergences import reverse_kl
 from opd.training.optimizer import make_optimizer
@@ -60,11 +61,13 @@ def curve(network: Any, ids: Tensor, q: Tensor, *, masters: bool) -> Tensor:
     model = split_head(network, q.shape[-1])
     ours = make_optimizer(network.parameters(), (0.9, 0.95), 0.0) if masters else None
     plain = torch.optim.AdamW(network.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
+    losses: list[Tensor] = []
+    assert isinstance(model.head, LmHead)
+    weight = model.head.weight
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)
     for _ in range(STEPS + 1):
         states = model.hidden(ids, mask, positions.expand_as(ids))
-        logits = states.float() @ model.head.weight.float().T
+        logits = states.float() @ weight.float().T
         loss = reverse_kl(logits.log_softmax(-1), q).mean()
         losses.append(loss.detach())
         network.zero_grad(set_to_none=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.floor.processes import start_process
 from benchmarks.floor.trainers import Size
@@ -59,7 +60,7 @@ def measure_panel(setting: Setting) -> Iterator[Row]:
 
 def measure_against_trl(setting: Setting) -> Iterator[Row]:
     """Time whole steps of both trainers, each in a process of its own."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "rows": setting.choose(2, 64),
         "response": setting.choose(4, 128),
         "vocabulary": setting.choose(300, 151_936),
