@@ -10,15 +10,16 @@ from matplotlib.figure import Figure
 
 from figures import style
 from figures.collect.regimes import COLUMNS as TABLE_COLUMNS
-from figures.collect.regimes import regimes_of, regimes_table, summarize_regimes
+from figures.collect.regimes import MIN_PAIRS, regimes_of, regimes_table, summarize_regimes
 from figures.labels import method_label
 
 COLUMNS = TABLE_COLUMNS
 CAPTION = (
     "Gain of held-out accuracy by the mismatch of a pair of models: how many of the student's "
     "tokens are foreign to the teacher (across), and how much less probable they are to it than to "
-    "the student (up). Both are measured before training; a disk is a regime, a mean over pairs of "
-    "models trained apart, with the gain in it. The star is the place of the paper: about three "
+    "the student (up). Both are measured before training; a disk is a regime, a mean over five or "
+    "more pairs of models trained apart, with the gain in it; a dashed one is a mean over fewer, "
+    "which need not differ where disks do. The star is the place of the paper: about three "
     "foreign tokens, a tag's first, its second and the end token, in responses of 2,000 to 16,000 "
     "tokens, 19 nats for a tag and 59 for the end token (figures 5 and A6c there)."
 )
@@ -61,18 +62,25 @@ def draw_regimes(ax: Any, results: pd.DataFrame, colors: Any, norm: Any) -> None
         colors: Color map of gains.
         norm: Normalisation of gains.
     """
-    ax.scatter(
-        results["foreign_share"],
-        results["foreign_gap"],
-        c=results["value"],
-        cmap=colors,
-        norm=norm,
-        s=330,
-        edgecolors="#444444",
-        linewidths=0.6,
-    )
+    has_enough = results["pairs"] >= MIN_PAIRS
+    for rows, line, line_width in (
+        (results[has_enough], "-", 0.6),
+        (results[~has_enough], "--", 1.2),
+    ):
+        ax.scatter(
+            rows["foreign_share"],
+            rows["foreign_gap"],
+            c=rows["value"],
+            cmap=colors,
+            norm=norm,
+            s=330,
+            edgecolors="#444444" if line == "-" else "#000000",
+            linewidths=line_width,
+            linestyles=line,
+            alpha=1.0 if line == "-" else 0.45,
+        )
     for row in results.itertuples():
-        is_dark = abs(row.value) > 0.6 * norm.vmax
+        is_dark = abs(row.value) > 0.6 * norm.vmax and row.pairs >= MIN_PAIRS
         ax.text(
             row.foreign_share,
             row.foreign_gap,
