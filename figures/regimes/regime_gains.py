@@ -95,7 +95,7 @@ def results_of_regimes(table: pd.DataFrame) -> pd.DataFrame:
         InvalidInput: No regime has enough pairs with runs of the methods.
     """
     density = regimes_of(table, DENSITY)
-    others = [name for name in dict.fromkeys(table["group"]) if name not in density]
+    others = sorted(set(table["group"]) - set(density), key=_by_number)
     results = summarize_regimes(table, [*density, *others], list(METHODS))
     enough = results[results["pairs"] >= MIN_PAIRS]
     if enough.empty:
@@ -104,6 +104,12 @@ def results_of_regimes(table: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(METHODS)}; `opd map --regimes REGIME --pairs {MIN_PAIRS}` makes them"
         )
     return enough
+
+
+def _by_number(regime: str) -> tuple[str, float]:
+    """Return the sort key of a regime: its family, and its number where it has one."""
+    family, _, end = regime.rpartition("-")
+    return (family, float(end)) if end.replace(".", "", 1).isdigit() else (regime, 0.0)
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

@@ -215,7 +215,8 @@ def print_validation(options: ScoutOptions) -> None:
     """
     from opd.analysis.scout.bank import recorded_bank
     from opd.analysis.scout.report import format_validation
-    from opd.analysis.scout.validation import judge, validate
+    from opd.analysis.scout.validation import validate
+    from opd.analysis.scout.verdict import judge
 
     bank = load_bank(options)
     if bank is None:

@@ -24,7 +24,8 @@ from opd.analysis.scout.forecast import (
 from opd.analysis.scout.measure import PairMeasurements
 from opd.analysis.scout.scores import method_averages
 from opd.analysis.scout.special_tokens import RuleShare
-from opd.analysis.scout.validation import Interval, Verdict, judge
+from opd.analysis.scout.validation import Interval
+from opd.analysis.scout.verdict import Verdict, judge
 
 MARGIN = 0.05
 """Share of the bank's range by which a feature may be outside of it."""

@@ -14,6 +14,15 @@ SCALES = {"length": 100.0, "reverse_kl": 0.2, "forward_kl": 0.1, "outside_top16"
 SCALES["snr"] = 0.01
 """Typical values of measurements whose features are logarithms."""
 
+EFFECTS = {
+    "continuation_gain": 0.06,
+    "accuracy_gap": 0.05,
+    "log_reverse_kl": -0.05,
+    "special_signal": -0.05,
+    "log_snr": 0.04,
+}
+"""What features add to the gain of a pair, per standard deviation, in a bank of a known truth."""
+
 
 def synthetic_bank(
     seed: int,

@@ -15,7 +15,8 @@ from opd.analysis.scout.measure import PairMeasurements
 from opd.analysis.scout.recommend import FittedBank, MethodForecast, fit_bank, report_teacher
 from opd.analysis.scout.report import ScoutReport, format_report, read_report, write_report
 from opd.analysis.scout.special_tokens import RuleShare
-from opd.analysis.scout.validation import Verdict, validate
+from opd.analysis.scout.validation import validate
+from opd.analysis.scout.verdict import Verdict
 from tests.helpers.records.scout_banks import START, measurements, synthetic_bank
 
 EFFECTS = {"continuation_gain": 0.5, "log_reverse_kl": -0.1}
