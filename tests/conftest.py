@@ -71,7 +71,7 @@ LONGEST_FILES = (
     "opd/report/test_browser.py",
     "repo/test_wheel.py",
     "benchmarks/test_gpu.py",
-    "opd/training/test_prefetch.py",
+    "opd/training/test_prefetch_runs.py",
     "opd/training/test_faults.py",
     "synthetic/runner/test_backends.py",
     "opd/report/test_browser_curves.py",

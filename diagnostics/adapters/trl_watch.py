@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.adapters.from_logits import score_answers, score_logits
-from diagnostics.batch import ScoredRollouts, concatenate
+from diagnostics.batch import ScoredRollouts
+from diagnostics.concatenation import concatenate
 from diagnostics.core.partial import without_fields
 from diagnostics.core.totals import Accumulator, Counts, compute
 from diagnostics.errors import InvalidInput, OperationFailed

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from diagnostics.batch import AnyRollouts, ScoredRollouts, concatenate, unflatten
+from diagnostics.batch import ScoredRollouts
+from diagnostics.concatenation import AnyRollouts, concatenate, unflatten
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.probe import GradientSketches, LossGradients, concatenate_sketches
 from diagnostics.tensor_fields import flatten

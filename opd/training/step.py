@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import TEACHER, Rollouts, concatenate
+from diagnostics.batch import TEACHER, Rollouts
+from diagnostics.concatenation import concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import Rollouts, ScoredRollouts, Support, concatenate
+from diagnostics.batch import Rollouts, ScoredRollouts, Support
+from diagnostics.concatenation import concatenate
 from diagnostics.core.partial import without_fields
 from diagnostics.missing import Missing, MissingField, missing_fields, optional_names
 

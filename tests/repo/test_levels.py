@@ -16,6 +16,7 @@ LEVELS = {
         {"io"},
         {"stats", "tensor_fields", "formats"},
         {"batch"},
+        {"concatenation"},
         {"core"},
         {"metrics", "gradients", "records"},
         {"alarms"},

@@ -9,7 +9,8 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diagnostics.batch import ScoredRollouts, concatenate
+from diagnostics.batch import ScoredRollouts
+from diagnostics.concatenation import concatenate
 from diagnostics.gradients.distributed import all_gather_rows, all_gather_sketches, gather_batch
 from diagnostics.gradients.probe import GradientSketches, gradient_row, sketch_gradients
 from diagnostics.gradients.sketch import identity_projection

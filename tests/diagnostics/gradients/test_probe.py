@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import concatenate
+from diagnostics.concatenation import concatenate
 from diagnostics.core.optional_fields import MissingField
 from diagnostics.gradients.bias import (
     occupancy,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import DistributionStats, ScoredRollouts, concatenate
+from diagnostics.batch import DistributionStats, ScoredRollouts
+from diagnostics.concatenation import concatenate
 from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.partial import without_fields
 from diagnostics.missing import missing_fields

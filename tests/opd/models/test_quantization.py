@@ -17,7 +17,7 @@ from opd.models.loading import load_model
 from opd.training.train import train
 from tests.helpers.processes.vllm_process import wide_pair
 from tests.helpers.runs import settings
-from tests.opd.training.test_prefetch import prompts_of_step, row_by_row
+from tests.opd.training.test_prefetch_runs import prompts_of_step, row_by_row
 
 LEVELS = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),

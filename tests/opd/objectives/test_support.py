@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import ScoredRollouts, Support, concatenate
+from diagnostics.batch import ScoredRollouts, Support
+from diagnostics.concatenation import concatenate
 from diagnostics.records.batch_files import load_batch
 from opd.objectives import support
 from tests.opd.objectives.test_surrogates import N, V, seeded

@@ -18,7 +18,7 @@ from tests.opd.training.test_distributed import (
     evaluations,
     weights,
 )
-from tests.opd.training.test_prefetch import serve_two, server_config
+from tests.opd.training.test_prefetch_runs import serve_two, server_config
 
 LAGGED: dict[str, object] = {
     "rollout_lag": 1,

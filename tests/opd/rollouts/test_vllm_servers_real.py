@@ -26,7 +26,7 @@ from tests.opd.rollouts.reference_sampling import (
     seeded,
 )
 from tests.opd.training.test_distributed import two_ranks
-from tests.opd.training.test_prefetch import SERVER_SETTINGS
+from tests.opd.training.test_prefetch_runs import SERVER_SETTINGS
 
 pytestmark = pytest.mark.vllm
 LIMIT = 256

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import DistributionStats, ScoredRollouts, Support, concatenate
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
+from diagnostics.concatenation import concatenate
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.core.totals import Mean, compute
 from diagnostics.metrics.consistency import martingales, sampler_weights
